@@ -1,0 +1,1 @@
+"""From files to batches: sources, formats, templates, masks, packing, mixing, collating."""

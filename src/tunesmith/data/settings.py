@@ -1,0 +1,70 @@
+"""What a run file says about data."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunesmith.settings import Settings
+
+FormatName = Literal[
+    "auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text", "text_label"
+]
+
+
+class Source(Settings):
+    """One place that rows come from."""
+
+    path: str
+    """A file, folder or glob (.json .jsonl .csv .tsv .parquet .txt, also .gz), a zoo name, or a
+    Hub data set."""
+    split: str | None = None
+    """Split of a Hub or zoo data set; `train` where none is given."""
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    format: FormatName = "auto"
+    """How a row is laid out; auto recognises it by its keys."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our column name to the file's, where they differ: {prompt: mr, completion: ref}."""
+    prompt: str | None = None
+    """Instead of a format: the user turn as a template over the row's columns, `Review: {text}`."""
+    completion: str | None = None
+    """With `prompt`: the assistant turn as a template over the row's columns, `{label}`."""
+    system: str | None = None
+    """A system turn put before rows that have none."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this source in the mixture, relative to the others."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many rows."""
+
+
+class DataSettings(Settings):
+    """The rows to learn from and to be judged on, and how they become tokens."""
+
+    train: list[Source] = Field(min_length=1)
+    """Sources to train on; several are mixed by weight."""
+    evaluation: list[Source] = Field(default_factory=list)
+    """Sources to evaluate on; empty takes `holdout` rows from the training data."""
+    holdout: int | float = Field(default=0, ge=0)
+    """Rows (or a fraction below 1) kept out of training for evaluation, the same for every run
+    with the same data and seed; used only where `evaluation` is empty."""
+    max_length: int = Field(default=1024, ge=8)
+    """Tokens a row may have; longer rows are cut at the end, or dropped where the cut would leave
+    no supervised token."""
+    packing: bool = False
+    """Fill rows of `max_length` with several samples that cannot see each other."""
+    supervise: Literal["assistant", "all"] = "assistant"
+    """Which tokens carry loss: the assistant's turns with their end-of-turn, or the whole text."""
+    shuffle: bool = True
+    """Shuffle anew in every epoch, by the run's seed."""
+    streaming: bool = False
+    """Read while training instead of before it, in constant memory; needs train.max_steps."""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """With streaming: rows held in memory to shuffle among."""
+    mixing: Literal["concatenate", "weighted"] = "concatenate"
+    """Several sources: every row once an epoch, or drawn by weight until the largest is used up."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """A row that cannot be read stops the run, or is skipped and counted."""
+    max_dropped: float = Field(default=0.2, ge=0, le=1)
+    """Stop if more than this share of rows would be dropped."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that tokenise; 0 takes as many as there are cores where the data is large."""

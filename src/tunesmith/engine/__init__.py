@@ -1,0 +1,1 @@
+"""The training loop. Knows no method and no objective by name."""

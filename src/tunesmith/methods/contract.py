@@ -1,0 +1,123 @@
+"""What a method is, and what it leaves on a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tunesmith.errors import MethodError
+from tunesmith.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tunesmith.models.sites import Sites
+    from tunesmith.types import JSON
+
+
+@dataclass(frozen=True)
+class PeftFiles:
+    """An adapter in PEFT's own layout: adapter_config.json and adapter_model.safetensors."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Attachment(ABC):
+    """What one method put on one model: its parameters, and the switch that turns it off."""
+
+    identity_at_start: ClassVar[bool] = True
+    """Whether the model computes the base's logits until the first step."""
+    trains_base: ClassVar[bool] = False
+    """Whether base parameters themselves train (then they are float32 and need autocast)."""
+
+    @abstractmethod
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return what trains, by its full name in the model."""
+
+    @property
+    @abstractmethod
+    def enabled(self) -> bool:
+        """Whether the method acts."""
+
+    @abstractmethod
+    def enable(self, on: bool, /) -> None:
+        """Switch the method on or off; off is the base model, bit for bit."""
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switch the method off inside a `with` block."""
+        before = self.enabled
+        self.enable(False)
+        try:
+            yield
+        finally:
+            self.enable(before)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return only what was trained, by the same names as `trainable`."""
+        return {name: parameter.detach() for name, parameter in self.trainable().items()}
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a saved `state_dict`; names and shapes must agree.
+
+        Raises:
+            AdapterError: names or shapes differ from this attachment's.
+        """
+
+    def merge(self) -> None:
+        """Fold the method into the base weights; it is then off, and `unmerge` undoes it.
+
+        Raises:
+            MethodError: the method is not linear in the weight.
+        """
+        raise MethodError(f"{type(self).__name__} is not linear in the weights and cannot merge")
+
+    def unmerge(self) -> None:
+        """Undo `merge`: the base weights are again exactly what they were."""
+        raise MethodError(f"{type(self).__name__} is not linear in the weights and cannot merge")
+
+    def detach(self) -> None:
+        """Remove every child and hook; the model is the plain base again."""
+
+    def penalty(self) -> Tensor | None:
+        """Return a term () that is added to the mean loss (orthogonality, L0), or None."""
+        return None
+
+    def on_step(self, step: int, total: int) -> None:
+        """Act after optimiser step `step` of `total` (rank reallocation, temperature)."""
+
+    def extra_state(self) -> dict[str, JSON]:
+        """Return what besides the trainables decides the steps to come."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, JSON]) -> None:
+        """Take over a saved `extra_state`."""
+
+    def export_peft(self) -> PeftFiles:
+        """Return the adapter in PEFT's layout.
+
+        Raises:
+            MethodError: PEFT has no format for it.
+        """
+        raise MethodError(f"PEFT has no format for {type(self).__name__}; use save() instead")
+
+
+class Method(Settings):
+    """Hyper-parameters of a method. `attach` puts it on a model."""
+
+    default_learning_rate: ClassVar[float]
+
+    def attach(self, model: nn.Module, sites: Sites, *, name: str = "default") -> Attachment:
+        """Put the method on `model` and return what was put there.
+
+        The base is frozen by the caller. `name` tells several adapters on one model apart.
+
+        Raises:
+            MethodError: the method cannot work on this model; the message says why.
+        """
+        raise NotImplementedError

@@ -1,0 +1,27 @@
+"""What an objective is: it says what it needs and what the loss of a batch is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from tunesmith.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tunesmith.types import Batch, LossTerms
+
+
+class Objective(Settings):
+    """Settings of an objective, and its loss."""
+
+    head: ClassVar[Literal["causal_lm"]]
+    """The head the model carries."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """Return the summed loss of `batch`, its count and further metrics, not yet divided."""
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> int:
+        """Return what the summed loss of `batch` is divided by, without running the model."""
+        raise NotImplementedError

@@ -1,0 +1,264 @@
+"""The typed run spec: all that a run file may say, composed of each room's own settings."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from tunesmith.data.settings import DataSettings, Source
+from tunesmith.engine.settings import (
+    CheckpointSettings,
+    EngineSettings,
+    EvaluationSettings,
+    TrackingSettings,
+    TrainSettings,
+)
+from tunesmith.errors import SpecError
+from tunesmith.methods import LoRA, MethodUnion
+from tunesmith.models.settings import ModelSettings
+from tunesmith.objectives import SFT, ObjectiveUnion
+from tunesmith.settings import Settings
+from tunesmith.yaml_text import Place, dotted, parse_mapping, parse_value
+
+
+class Run(Settings):
+    """One training job: model, method, objective, data and engine settings."""
+
+    name: str = Field(default="run", pattern=r"^[^/\\\s][^/\\]*$")
+    """Name of the run and of its directory; the run file's own name where none is given."""
+    output: str = "runs"
+    """Folder that holds the run directory."""
+    seed: int = Field(default=0, ge=0)
+    """Decides initial weights, data order and dropout."""
+    model: ModelSettings = ModelSettings()
+    """The base model."""
+    method: Annotated[MethodUnion, Field(discriminator="name")] = LoRA()
+    """What is trained."""
+    objective: Annotated[ObjectiveUnion, Field(discriminator="name")] = SFT()
+    """What is optimised."""
+    data: DataSettings
+    """What it learns from and is judged on."""
+    train: TrainSettings = TrainSettings()
+    """How long, how fast, with which optimiser."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """When and what to measure."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """What is kept on disk while training."""
+    engine: EngineSettings = EngineSettings()
+    """How the step is computed."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Where else the events go."""
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.output) / self.name
+
+    def resolved(self) -> Run:
+        """Return this run with nothing left to the surroundings: absolute paths, the method's rate."""
+        return self.model_copy(
+            update={
+                "output": str(Path(self.output).absolute()),
+                "model": self.model.model_copy(update={"name": _absolute(self.model.name)}),
+                "data": self.data.model_copy(
+                    update={
+                        "train": [_resolve_source(source) for source in self.data.train],
+                        "evaluation": [_resolve_source(source) for source in self.data.evaluation],
+                    }
+                ),
+                "train": self.train.model_copy(
+                    update={
+                        "learning_rate": self.train.learning_rate
+                        or self.method.default_learning_rate
+                    }
+                ),
+            }
+        )
+
+    def to_yaml(self) -> str:
+        """Return the run file that says exactly this."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a run file and apply `key.subkey=value` overrides.
+
+    Raises:
+        SpecError: the file is missing or says something that no run can mean; every problem is a
+            line of the message, with file, line and key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise SpecError(f"{path}: no such run file; `ls examples` shows run files") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
+    values, lines = parse_mapping(text, str(path))
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        apply_override(values, override, lines)
+    return validate(values, source=str(path), lines=lines)
+
+
+def apply_override(values: dict[str, Any], override: str, lines: dict[Place, int]) -> None:
+    """Set `a.b.0.c=value` in nested mappings and lists; the value is read as YAML.
+
+    Raises:
+        SpecError: no `=`, or the path runs through something that has no keys.
+    """
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise SpecError(f"{override!r} is not an override; write key.subkey=value")
+    parts = key.strip().split(".")
+    target: Any = values
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(target, list):
+            target = target[_index(part, target, key)]
+        else:
+            target = target.setdefault(part, {})
+        if not isinstance(target, dict | list):
+            where = ".".join(parts[: depth + 1])
+            raise SpecError(f"{key}: {where} is {target!r}, which has no keys below it")
+    last = _index(parts[-1], target, key) if isinstance(target, list) else parts[-1]
+    target[last] = parse_value(text)
+    place: Place = tuple(int(part) if part.isdigit() else part for part in parts)
+    for known in [known for known in lines if known[: len(place)] == place]:
+        del lines[known]
+
+
+def _index(part: str, target: list[Any], key: str) -> int:
+    if not part.isdigit() or int(part) >= len(target):
+        raise SpecError(f"{key}: {part!r} is not one of the {len(target)} items (0 is the first)")
+    return int(part)
+
+
+def validate(values: Mapping[str, Any], *, source: str, lines: Mapping[Place, int]) -> Run:
+    """Return the run that `values` describe.
+
+    Raises:
+        SpecError: a line for every unknown key and wrong value.
+    """
+    try:
+        return Run.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [
+            f"{_position(source, place, lines)}: {_explain(problem, place, values)}"
+            for problem in error.errors()
+            for place in [_place(problem["loc"], values)]
+        ]
+        raise SpecError("\n".join(problems)) from None
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a run file, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Run.model_json_schema(),
+        "title": "Tunesmith run file",
+    }
+
+
+def _place(location: Sequence[str | int], values: Any) -> Place:
+    """Drop what pydantic adds to a location (the tag of a union) so that the YAML path is left."""
+    place: list[str | int] = []
+    for position, part in enumerate(location):
+        last = position == len(location) - 1
+        if isinstance(values, Mapping) and (part in values or last):
+            place.append(part)
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int):
+            place.append(part)
+            values = values[part]
+    return tuple(place)
+
+
+def _position(source: str, place: Place, lines: Mapping[Place, int]) -> str:
+    for length in range(len(place), 0, -1):
+        if place[:length] in lines:
+            return f"{source}:{lines[place[:length]]}"
+    return source
+
+
+def _explain(problem: Any, place: Place, values: Any) -> str:
+    where, kind, value = dotted(place), problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        known = _known_keys(place[:-1], values)
+        return f"{where}: unknown key{_nearest(str(place[-1]), known)}; known here: {known_list(known)}"
+    if kind == "missing":
+        return f"{where}: is required"
+    if kind in {"union_tag_invalid", "union_tag_not_found"}:
+        allowed = [tag.strip("'\" ") for tag in problem["ctx"].get("expected_tags", "").split(",")]
+        return _unknown_name(where, value, allowed)
+    if kind == "literal_error":
+        return f"{where}: {value!r} is not allowed; use {problem['ctx']['expected']}"
+    return f"{where}: {value!r}: {problem['msg'].lower()}"
+
+
+def _unknown_name(where: str, value: Any, allowed: list[str]) -> str:
+    given = value.get("name") if isinstance(value, Mapping) else value
+    if given is None:
+        return f"{where}.name: is required; use one of {known_list(allowed)}"
+    if not isinstance(value, Mapping):
+        return f"{where}: {value!r} must be a mapping with a name, as in {{name: {allowed[0]}}}"
+    near = _nearest(str(given), allowed)
+    return f"{where}.name: {given!r} is unknown{near}; use one of {known_list(allowed)}"
+
+
+def known_list(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them."""
+    return ", ".join(names) if names else "nothing"
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _known_keys(place: Place, values: Any) -> list[str]:
+    """Return the keys that the settings class at `place` knows."""
+    candidates: list[type[BaseModel]] = [Run]
+    for part in place:
+        values = values[part]
+        if isinstance(part, int):
+            continue
+        fields = [model.model_fields[part] for model in candidates if part in model.model_fields]
+        candidates = [model for field in fields for model in _models_in(field.annotation)]
+        named = [model for model in candidates if _has_name(model.model_fields, values)]
+        candidates = named or candidates
+    return sorted({name for model in candidates for name in model.model_fields})
+
+
+def _has_name(fields: Mapping[str, FieldInfo], values: Any) -> bool:
+    return (
+        isinstance(values, Mapping)
+        and "name" in fields
+        and fields["name"].default == values.get("name")
+    )
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) is not None or isinstance(annotation, types.UnionType):
+        return [model for part in typing.get_args(annotation) for model in _models_in(part)]
+    return []
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def _resolve_source(source: Source) -> Source:
+    is_glob = any(sign in source.path for sign in "*?[")
+    if not is_glob and not Path(source.path).exists():
+        return source
+    return source.model_copy(update={"path": str(Path(source.path).absolute())})

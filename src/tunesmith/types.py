@@ -1,0 +1,68 @@
+"""The few shapes that rooms hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE: Final = -100
+"""Label of a position that is not supervised (the value PyTorch's cross-entropy skips)."""
+
+Batch: TypeAlias = dict[str, Any]
+"""What a collator makes of rows and a model's forward takes, plus `labels`.
+
+Keys for token objectives, all int64 unless said:
+  input_ids, labels, position_ids: (batch, length); `labels[b, t]` is `input_ids[b, t]` where
+    supervised, else IGNORE (the shift by one happens in the loss).
+  Padded batches: attention_mask (batch, length), 1 = real token.
+  Padding-free batches (batch = 1, segments side by side): cu_seq_lens_q and cu_seq_lens_k
+    (segments + 1,) int32 on the CPU, max_length_q and max_length_k int; no attention_mask.
+"""
+
+JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+
+
+class LossTerms(NamedTuple):
+    """Sum, count, divide once: what an objective makes of a batch."""
+
+    total: Tensor
+    """() float32: the loss summed over this batch, not yet divided."""
+    count: int
+    """What `total` is divided by, summed over the whole effective batch (supervised tokens)."""
+    metrics: dict[str, Tensor]
+    """Further sums over the batch, detached, divided by the same count when reported."""
+
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class RowStream(Protocol[R_co]):
+    """An endless, resumable order of rows: epoch after epoch, each in its own order.
+
+    Every process asks for the same global rows and keeps its share, so the order does not depend
+    on the number of processes, the micro-batch or the accumulation.
+    """
+
+    @property
+    def rows_per_epoch(self) -> int | None:
+        """Rows in one epoch, or None where the source streams and nobody knows."""
+
+    @property
+    def epoch(self) -> float:
+        """Epochs taken so far, with the fraction where `rows_per_epoch` is known."""
+
+    def take(self, count: int) -> list[R_co]:
+        """Return the next `count` rows, going on into the next epoch where one ends."""
+
+    def state_dict(self) -> dict[str, JSON]:
+        """Return all that decides the rows to come."""
+
+    def load_state_dict(self, state: dict[str, JSON]) -> None:
+        """Go to the place where `state` was taken."""
+
+
+Collate: TypeAlias = Callable[[list[R]], Batch]
