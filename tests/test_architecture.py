@@ -29,7 +29,11 @@ def imports(path: Path) -> set[str]:
     """The tunesmith rooms that a file imports anywhere in it."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tunesmith."):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith("tunesmith.")
+        ):
             found.add(node.module.split(".")[1])
         if isinstance(node, ast.Import):
             found |= {n.name.split(".")[1] for n in node.names if n.name.startswith("tunesmith.")}
@@ -74,7 +78,10 @@ def test_every_method_and_objective_file_is_in_its_union() -> None:
             tree = ast.parse(path.read_text())
             for node in tree.body:
                 bases = [ast.unparse(base) for base in getattr(node, "bases", [])]
-                if {"Method", "Objective"} & set(bases) and node.name not in {"Method", "Objective"}:
+                if {"Method", "Objective"} & set(bases) and node.name not in {
+                    "Method",
+                    "Objective",
+                }:
                     assert node.name in text, (node.name, union)
 
 

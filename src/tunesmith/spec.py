@@ -63,7 +63,7 @@ class Run(Settings):
         return Path(self.output) / self.name
 
     def resolved(self) -> Run:
-        """Return this run with nothing left to the surroundings: absolute paths, the method's rate."""
+        """Return this run with absolute paths and the learning rate the method would take."""
         return self.model_copy(
             update={
                 "output": str(Path(self.output).absolute()),
@@ -192,7 +192,8 @@ def _explain(problem: Any, place: Place, values: Any) -> str:
     where, kind, value = dotted(place), problem["type"], problem["input"]
     if kind == "extra_forbidden":
         known = _known_keys(place[:-1], values)
-        return f"{where}: unknown key{_nearest(str(place[-1]), known)}; known here: {known_list(known)}"
+        near = _nearest(str(place[-1]), known)
+        return f"{where}: unknown key{near}; known here: {known_list(known)}"
     if kind == "missing":
         return f"{where}: is required"
     if kind in {"union_tag_invalid", "union_tag_not_found"}:

@@ -22,7 +22,7 @@ Keys for token objectives, all int64 unless said:
     (segments + 1,) int32 on the CPU, max_length_q and max_length_k int; no attention_mask.
 """
 
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 
 class LossTerms(NamedTuple):

@@ -33,7 +33,7 @@ _Loader.add_implicit_resolver(
 def parse_value(text: str) -> Any:
     """Return what `text` means as a YAML value, as on the right side of an override."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise SpecError(f"{text!r} is not a YAML value: {_problem(error)}") from error
 
@@ -44,15 +44,15 @@ def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], dict[Place, i
     Raises:
         SpecError: not YAML, a key twice, or no mapping; names `source` and the line.
     """
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
+        node = yaml.compose(text, _Loader)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise SpecError(f"{source}: not valid YAML: {_problem(error)}") from error
-    finally:
-        loader.dispose()
     if node is None:
-        raise SpecError(f"{source}: the file is empty; a run file holds keys such as model and data")
+        raise SpecError(
+            f"{source}: the file is empty; a run file has keys such as data"
+        )
     if not isinstance(node, yaml.MappingNode):
         raise SpecError(
             f"{source}:{node.start_mark.line + 1}: expected a mapping with keys such as model, "
@@ -60,7 +60,7 @@ def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], dict[Place, i
         )
     lines: dict[Place, int] = {}
     _collect_lines(node, (), lines, source)
-    return yaml.load(text, _Loader), lines  # noqa: S506
+    return values, lines
 
 
 def _collect_lines(node: yaml.Node, place: Place, lines: dict[Place, int], source: str) -> None:

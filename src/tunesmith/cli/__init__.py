@@ -1,0 +1,54 @@
+"""The command line: one file a command, each a thin skin over a job.
+
+Commands import their jobs when they run, so that `tunesmith --help` stays instant.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TYPER_USE_RICH", "0")
+
+import typer
+
+from tunesmith.cli.chat import chat
+from tunesmith.cli.data import data_app
+from tunesmith.cli.demo import demo
+from tunesmith.cli.doctor import doctor
+from tunesmith.cli.evaluate import evaluate
+from tunesmith.cli.merge import merge
+from tunesmith.cli.models import models
+from tunesmith.cli.schema import schema
+from tunesmith.cli.train import train
+from tunesmith.errors import TunesmithError
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune language models with every method, and see the proof that it worked.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(chat)
+app.command()(merge)
+app.add_typer(data_app, name="data")
+app.command()(models)
+app.command()(doctor)
+app.command()(schema)
+app.command()(demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; an error of ours is one message and its exit code, not a traceback."""
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except TunesmithError as error:
+        if os.environ.get("TUNESMITH_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

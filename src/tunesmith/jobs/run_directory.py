@@ -1,0 +1,175 @@
+"""The directory of a run: what may be written where, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.errors import CheckpointError, SpecError
+from tunesmith.spec import Run, load_run_file
+from tunesmith.yaml_text import Place, dotted
+
+MAY_DIFFER = {"tracking", "checkpoint"}
+"""Parts of a spec that decide nothing about the weights, so a resumed run may change them."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where everything of one run lies."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        """The fully resolved run file."""
+        return self.path / "run.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        """What was trained."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The whole tuned model, where everything trained."""
+        return self.path / "model"
+
+    @property
+    def summary(self) -> Path:
+        """The evidence."""
+        return self.path / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One event a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Replies before and after."""
+        return self.path / "samples.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, hardware, seed, code revision."""
+        return self.path / "environment.json"
+
+    @property
+    def report(self) -> Path:
+        """One self-contained page."""
+        return self.path / "report.html"
+
+    def begin(self, run: Run) -> None:
+        """Make the directory and write run.yaml."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"output: cannot make {self.path}: {error.strerror}") from error
+        write_text(self.spec, run.to_yaml())
+
+    def read_json(self, path: Path) -> Any:
+        """Return what a JSON file of this run holds."""
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: not there; did the run finish?") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that the file is the old one or the new one, never a part.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; the old file is intact.
+    """
+    partial = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+        ) as file:
+            partial = Path(file.name)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
+    except OSError as error:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_free(run: Run, *, resume: bool, overwrite: bool) -> RunDirectory:
+    """Return the run's directory if this run may use it. Nothing is written or removed.
+
+    Raises:
+        CheckpointError: it exists and neither resume nor overwrite was asked for, or it is not a
+            run directory.
+        SpecError: resuming with settings other than the run's own.
+    """
+    directory = RunDirectory(run.directory)
+    if not directory.path.exists() or not any(directory.path.iterdir()):
+        return directory
+    if not directory.spec.is_file():
+        raise CheckpointError(
+            f"output: {directory.path} exists and is no run directory; choose another name"
+        )
+    if resume:
+        _check_same(run, directory)
+    elif not overwrite:
+        raise CheckpointError(
+            f"output: {directory.path} exists; --resume goes on with it, --overwrite starts again"
+        )
+    return directory
+
+
+def clear(directory: RunDirectory) -> None:
+    """Remove what an earlier run left in a run directory."""
+    if directory.spec.is_file():
+        shutil.rmtree(directory.path)
+
+
+def open_finished(path: str | Path) -> tuple[RunDirectory, Run]:
+    """Return an existing run directory and its spec.
+
+    Raises:
+        CheckpointError: there is no run.
+    """
+    directory = RunDirectory(Path(path))
+    if not directory.spec.is_file():
+        raise CheckpointError(f"{path}: no run directory (it has no run.yaml)")
+    return directory, load_run_file(directory.spec)
+
+
+def _check_same(run: Run, directory: RunDirectory) -> None:
+    before = yaml.safe_load(directory.spec.read_text(encoding="utf-8"))
+    now = yaml.safe_load(run.to_yaml())
+    differing = [dotted(place) for place in _differences(before, now) if place[0] not in MAY_DIFFER]
+    if differing:
+        raise SpecError(
+            f"{directory.path}: cannot resume with other settings than the run's own; "
+            f"{', '.join(differing)} differ; give them back or start under another name"
+        )
+
+
+def _differences(one: object, other: object, place: Place = ()) -> list[Place]:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = sorted({*one, *other})
+        return [
+            found
+            for key in keys
+            for found in _differences(one.get(key), other.get(key), (*place, key))
+        ]
+    return [] if one == other else [place]

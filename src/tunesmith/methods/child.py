@@ -1,0 +1,139 @@
+"""Small modules hung under base modules: no base module is replaced, no parameter renamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from tunesmith.errors import MethodError
+from tunesmith.methods.contract import Attachment
+from tunesmith.methods.tensors import check_against, copy_into
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+class Child(nn.Module):
+    """What a method hangs under a base module; its forward hook acts on that module's output.
+
+    torch.compile does not notice hooks that come or go, so `enabled` decides inside the hook:
+    dynamo guards it like any attribute and keeps one graph for on and one for off.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+
+    def act(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return what `module` gives for the positional `args` in place of `output`."""
+        raise NotImplementedError
+
+    def hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return `act`'s output where switched on, else the base's own output."""
+        return self.act(module, args, output) if self.enabled else output
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of everything in `model` that no method put there."""
+    children = [path for path, module in model.named_modules() if isinstance(module, Child)]
+    inside = tuple(f"{path}." for path in children)
+    for path, module in model.named_modules():
+        if path not in children and not path.startswith(inside):
+            yield path, module
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the base's own parameters by name, each tied one once, by its first name."""
+    names: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                names[f"{path}.{leaf}" if path else leaf] = parameter
+    return names
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return `model.state_dict()` as if no method had ever been attached."""
+    children = tuple(f"{p}." for p, module in model.named_modules() if isinstance(module, Child))
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(children)}
+
+
+def require_free(model: nn.Module, path: str, attribute: str, name: str) -> nn.Module:
+    """Return the module at `path`, where a child may be hung as `attribute`.
+
+    Raises:
+        MethodError: an adapter of this name hangs there already.
+    """
+    module = model.get_submodule(path)
+    if attribute in dict(module.named_children()):
+        raise MethodError(
+            f"an adapter named {name!r} is already attached at {path}; "
+            "give this one another name or detach that one first"
+        )
+    return module
+
+
+class ChildAttachment(Attachment):
+    """An attachment made of children only, all under one switch.
+
+    Args:
+        model: the model the children hang in.
+        children: the children by their full path in the model; parents exist, names are free.
+    """
+
+    def __init__(self, model: nn.Module, children: Mapping[str, Child]) -> None:
+        self.model = model
+        self.children = dict(children)
+        self._on = True
+        self._handles: list[RemovableHandle] = []
+        for path, child in self.children.items():
+            parent_path, _, attribute = path.rpartition(".")
+            parent = model.get_submodule(parent_path)
+            # A module starts in train mode: its dropout would act in a model that is in eval mode.
+            parent.add_module(attribute, child.train(parent.training))
+            self._handles.append(parent.register_forward_hook(child.hook))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the children's parameters by full name, as they are now (sharding swaps them)."""
+        return {
+            f"{path}.{leaf}": parameter
+            for path, child in self.children.items()
+            for leaf, parameter in child.named_parameters()
+        }
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the children act."""
+        return self._on
+
+    def enable(self, on: bool, /) -> None:
+        """Switch all children on or off; off is the base model, bit for bit."""
+        self._on = on
+        for child in self.children.values():
+            child.enabled = on
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over saved values; names and shapes must agree.
+
+        Raises:
+            AdapterError: names or shapes differ from this attachment's.
+        """
+        parameters = self.trainable()
+        check_against({name: p.shape for name, p in parameters.items()}, state)
+        for name, parameter in parameters.items():
+            copy_into(parameter, state[name])
+
+    def detach(self) -> None:
+        """Remove every child and hook; the model is the plain base again."""
+        self.enable(False)  # a graph compiled with the hooks must not run them again
+        for handle in self._handles:
+            handle.remove()
+        for path in self.children:
+            parent_path, _, attribute = path.rpartition(".")
+            delattr(self.model.get_submodule(parent_path), attribute)
+        self._handles.clear()
+        self.children.clear()
