@@ -34,7 +34,7 @@ def imports(path: Path) -> set[str]:
             and node.module
             and node.module.startswith("tunesmith.")
         ):
-            found.add(node.module.split(".")[1])
+            found.add(str(node.module).split(".")[1])
         if isinstance(node, ast.Import):
             found |= {n.name.split(".")[1] for n in node.names if n.name.startswith("tunesmith.")}
     return found

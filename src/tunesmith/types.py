@@ -36,6 +36,14 @@ class LossTerms(NamedTuple):
     """Further sums over the batch, detached, divided by the same count when reported."""
 
 
+class Proof(NamedTuple):
+    """One check of a run: what was claimed, whether it holds, and what was seen."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 

@@ -1,0 +1,1 @@
+"""Whole jobs made of the rooms: train, evaluate, merge, preview, doctor, demo."""

@@ -1,0 +1,1 @@
+"""Metrics, intervals, memory, parity checks."""

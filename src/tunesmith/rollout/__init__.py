@@ -1,0 +1,1 @@
+"""Generation: evaluation samples and chat."""
