@@ -9,6 +9,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
+from tiny import tiny_llama, tiny_tokenizer
 
 torch.set_num_threads(1)
 
@@ -27,3 +28,13 @@ def shared_data() -> Path:
 def seeded() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny random Llama and its byte tokenizer, as `model.name` takes it."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
+    torch.manual_seed(0)
+    tiny_llama().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory

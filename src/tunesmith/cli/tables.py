@@ -38,9 +38,9 @@ def zoo_table(entries: Sequence[ZooStatus]) -> Table:
     """Return one line an entry: name, kind, size, whether it is cached, what it is."""
     table = Table("name", "kind", "cached", "size", "what it is")
     for entry in entries:
-        size = megabytes(entry.cached_bytes if entry.cached else entry.download_bytes)
+        size = megabytes(entry.bytes_on_disk if entry.cached else entry.bytes_to_download)
         table.add_row(
-            entry.name, entry.kind, "yes" if entry.cached else "no", size, entry.description
+            entry.name, entry.kind, "yes" if entry.cached else "no", size, entry.about
         )
     return table
 

@@ -1,8 +1,8 @@
 """What a run file says about data."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tunesmith.settings import Settings
 
@@ -18,9 +18,12 @@ class Source(Settings):
     """A file, folder or glob (.json .jsonl .csv .tsv .parquet .txt, also .gz), a zoo name, or a
     Hub data set."""
     split: str | None = None
-    """Split of a Hub or zoo data set; `train` where none is given."""
+    """Split of a Hub or zoo data set, or of a folder whose files are named by split; `train` where
+    none is given."""
     subset: str | None = None
     """Configuration of a Hub data set."""
+    revision: str | None = None
+    """Revision of a Hub data set: a commit, tag or branch."""
     format: FormatName = "auto"
     """How a row is laid out; auto recognises it by its keys."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -35,6 +38,15 @@ class Source(Settings):
     """Share of this source in the mixture, relative to the others."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first so many rows."""
+
+    @model_validator(mode="after")
+    def _templates_agree(self) -> Self:
+        if (self.prompt is None) != (self.completion is None):
+            given, other = ("prompt", "completion") if self.prompt else ("completion", "prompt")
+            raise ValueError(f"`{given}` is a template and needs `{other}` beside it")
+        if self.prompt is not None and (self.format != "auto" or self.columns):
+            raise ValueError("`prompt` and `completion` replace `format` and `columns`")
+        return self
 
 
 class DataSettings(Settings):
@@ -61,10 +73,21 @@ class DataSettings(Settings):
     shuffle_buffer: int = Field(default=1000, ge=1)
     """With streaming: rows held in memory to shuffle among."""
     mixing: Literal["concatenate", "weighted"] = "concatenate"
-    """Several sources: every row once an epoch, or drawn by weight until the largest is used up."""
+    """Several sources: every row once an epoch, or by weight: an epoch then holds every row of the
+    largest source once and of each other source as many as its weight asks for, smaller ones
+    repeating."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """A row that cannot be read stops the run, or is skipped and counted."""
     max_dropped: float = Field(default=0.2, ge=0, le=1)
     """Stop if more than this share of rows would be dropped."""
     workers: int = Field(default=0, ge=0)
     """Processes that tokenise; 0 takes as many as there are cores where the data is large."""
+
+    @model_validator(mode="after")
+    def _streams_can_start(self) -> Self:
+        if self.streaming and 0 < self.holdout < 1:
+            raise ValueError(
+                "`holdout` is a share, which needs the number of rows, and `streaming` does not "
+                "know it; give a number of rows"
+            )
+        return self

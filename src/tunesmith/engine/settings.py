@@ -53,7 +53,7 @@ class EvaluationSettings(Settings):
     metrics: list[Literal["accuracy", "exact_match", "bleu", "rouge_l"]] = Field(
         default_factory=list
     )
-    """Beside the loss. accuracy scores `choices`; the others generate and compare with the reply."""
+    """Beside the loss: accuracy scores `choices`; the others generate, and compare the reply."""
     choices: list[str] = Field(default_factory=list)
     """For accuracy: the replies to choose among by their likelihood."""
     limit: int | None = Field(default=None, ge=1)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ class RunDirectory:
     def samples(self) -> Path:
         """Replies before and after."""
         return self.path / "samples.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Metrics of the last `tunesmith eval`."""
+        return self.path / "evaluation.json"
 
     @property
     def environment(self) -> Path:
@@ -141,8 +146,10 @@ def clear(directory: RunDirectory) -> None:
         shutil.rmtree(directory.path)
 
 
-def open_finished(path: str | Path) -> tuple[RunDirectory, Run]:
-    """Return an existing run directory and its spec.
+def open_finished(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[RunDirectory, Run]:
+    """Return an existing run directory and its spec, with overrides applied.
 
     Raises:
         CheckpointError: there is no run.
@@ -150,7 +157,7 @@ def open_finished(path: str | Path) -> tuple[RunDirectory, Run]:
     directory = RunDirectory(Path(path))
     if not directory.spec.is_file():
         raise CheckpointError(f"{path}: no run directory (it has no run.yaml)")
-    return directory, load_run_file(directory.spec)
+    return directory, load_run_file(directory.spec, overrides)
 
 
 def _check_same(run: Run, directory: RunDirectory) -> None:

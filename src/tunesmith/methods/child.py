@@ -62,19 +62,17 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if not k.startswith(children)}
 
 
-def require_free(model: nn.Module, path: str, attribute: str, name: str) -> nn.Module:
-    """Return the module at `path`, where a child may be hung as `attribute`.
+def require_free(model: nn.Module, path: str, attribute: str, name: str) -> None:
+    """Check that no child hangs under the module at `path` as `attribute`.
 
     Raises:
         MethodError: an adapter of this name hangs there already.
     """
-    module = model.get_submodule(path)
-    if attribute in dict(module.named_children()):
+    if attribute in dict(model.get_submodule(path).named_children()):
         raise MethodError(
             f"an adapter named {name!r} is already attached at {path}; "
             "give this one another name or detach that one first"
         )
-    return module
 
 
 class ChildAttachment(Attachment):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tunesmith.errors import MethodError
 from tunesmith.settings import Settings
@@ -81,21 +81,21 @@ class Attachment(ABC):
         """Undo `merge`: the base weights are again exactly what they were."""
         raise MethodError(f"{type(self).__name__} is not linear in the weights and cannot merge")
 
-    def detach(self) -> None:
+    def detach(self) -> None:  # noqa: B027  # nothing to do where nothing was hung
         """Remove every child and hook; the model is the plain base again."""
 
     def penalty(self) -> Tensor | None:
         """Return a term () that is added to the mean loss (orthogonality, L0), or None."""
         return None
 
-    def on_step(self, step: int, total: int) -> None:
+    def on_step(self, step: int, total: int) -> None:  # noqa: B027  # most methods need none
         """Act after optimiser step `step` of `total` (rank reallocation, temperature)."""
 
     def extra_state(self) -> dict[str, JSON]:
         """Return what besides the trainables decides the steps to come."""
         return {}
 
-    def load_extra_state(self, state: Mapping[str, JSON]) -> None:
+    def load_extra_state(self, state: Mapping[str, JSON]) -> None:  # noqa: B027  # most methods need none
         """Take over a saved `extra_state`."""
 
     def export_peft(self) -> PeftFiles:
@@ -111,6 +111,8 @@ class Method(Settings):
     """Hyper-parameters of a method. `attach` puts it on a model."""
 
     default_learning_rate: ClassVar[float]
+    base_dtype: ClassVar[Literal["auto", "float32"]] = "auto"
+    """What the base is best loaded in: float32 where every weight trains, so nothing is rounded."""
 
     def attach(self, model: nn.Module, sites: Sites, *, name: str = "default") -> Attachment:
         """Put the method on `model` and return what was put there.

@@ -46,7 +46,7 @@ def fetch(package: Package, folder: Path, *, wanted_by: str) -> Path:
     command += ["--retries=1", "--timeout=15", "--disable-pip-version-check", "--quiet"]
     command += [f"--dest={folder}", f"--requirement={pinned}"]
     try:
-        done = subprocess.run(  # noqa: S603 - our own interpreter, fixed arguments
+        done = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired as error:
@@ -69,7 +69,8 @@ def _why(stderr: str, package: Package, wanted_by: str) -> str:
     if "HASHES" in stderr:
         return f"{start}the file's SHA-256 differs from the published {package.sha256}"
     if "No space left" in stderr:
-        return f"{start}the disk is full; free {3 * package.size // 10**6} MB or set TUNESMITH_CACHE"
+        needed = 4 * package.size // 10**6
+        return f"{start}the disk is full; free {needed} MB, or set TUNESMITH_CACHE to another disk"
     errors = [line for line in stderr.splitlines() if line.startswith("ERROR: ")]
     reason = errors[-1].removeprefix("ERROR: ") if errors else "pip failed without saying why"
     return (

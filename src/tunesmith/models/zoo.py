@@ -204,7 +204,10 @@ def list_zoo() -> list[ZooStatus]:
 
 
 def _entry(name: str) -> ZooEntry:
-    return MODELS[name] if name in MODELS else DATASETS[name]
+    entry = MODELS.get(name) or DATASETS.get(name)
+    if entry is None:
+        raise ModelError(f"the zoo has no '{name}'{near(name, MODELS | DATASETS)}")
+    return entry
 
 
 def _directory(entry: ZooEntry) -> Path:

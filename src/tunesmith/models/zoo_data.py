@@ -28,11 +28,14 @@ _FILES: Final = {
     "editorial": "nytEditorialSnippets",
     "tweet": "tweets",
 }
-LANGUAGES: Final = tuple(
-    "bengali chinese dutch english french german hebrew hindi hinglish indonesian italian japanese "
-    "korean marathi oriya persian portuguese russian spanish swedish tamil telugu thai "
-    "traditionalchinese turkish ukrainian urdu yoruba".split()
+# fmt: off
+LANGUAGES: Final = (
+    "bengali", "chinese", "dutch", "english", "french", "german", "hebrew", "hindi",
+    "hinglish", "indonesian", "italian", "japanese", "korean", "marathi", "oriya", "persian",
+    "portuguese", "russian", "spanish", "swedish", "tamil", "telugu", "thai",
+    "traditionalchinese", "turkish", "ukrainian", "urdu", "yoruba",
 )
+# fmt: on
 _TEST_ROWS_A_LABEL: Final = 200
 
 Row = dict[str, JSON]

@@ -1,0 +1,325 @@
+"""From a sample to tokens and the mask of what is supervised, through the chat template.
+
+Where each assistant turn begins and ends in the rendered text comes from the template's
+`{% generation %}` markers, or, in a template without them, from rendering the conversation turn by
+turn. Either way the places are characters of the very text that is tokenised, and are carried to
+tokens through the tokenizer's offsets, so marked and unmarked templates give the same mask. Three
+things are then checked in every row: the tokens of a turn are one run, they cover the turn, and the
+run ends with the end-of-turn token.
+
+A turn's run always ends with its end-of-turn token: it is taken in where a generation block leaves
+it out, and the line break that some templates write behind it is left out where a block takes it in
+(generation stops before it). Nothing is ever decided by the padding token, which often is the
+end-of-turn token too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from tunesmith.data.conversation import Conversation, Sample, Text
+from tunesmith.data.rows import Prompt, TokenRow, Values
+from tunesmith.errors import DataError
+from tunesmith.types import JSON
+
+_MARKERS: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_NO_END: Final = (
+    "the chat template writes no end-of-turn token after the assistant's turn, so the model could "
+    "not learn to stop; set `model.chat_template: chatml`, or mend the template"
+)
+
+
+class Span(NamedTuple):
+    """Characters [start, stop) of a rendered conversation: one assistant turn."""
+
+    start: int
+    stop: int
+
+
+class Encoded(NamedTuple):
+    """A text as tokens, and where each token lies in it."""
+
+    text: str
+    ids: NDArray[np.int32]
+    """(length,) int32."""
+    starts: NDArray[np.int64]
+    """(length,) int64: first character of each token."""
+    ends: NDArray[np.int64]
+    """(length,) int64: character behind each token."""
+
+
+class Renderer:
+    """Turns samples into rows of tokens for one tokenizer.
+
+    Raises:
+        DataError: the tokenizer gives no offsets, without which no mask can be verified.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        supervise: Literal["assistant", "all"] = "assistant",
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"{type(tokenizer).__name__} gives no character offsets, which masks are made "
+                "from; expected a tokenizer with a tokenizer.json"
+            )
+        self.tokenizer = tokenizer
+        self.supervise = supervise
+        added = tokenizer.added_tokens_decoder
+        self._special = set(tokenizer.all_special_ids) | {i for i in added if added[i].special}
+        self._ending: set[int] | None = None
+
+    def row(self, sample: Sample) -> TokenRow:
+        """Return a sample as tokens, uncut, and what of it is supervised.
+
+        Raises:
+            DataError: no assistant turn, or the template cannot render this row so that its turns
+                can be told apart; the message has no place in it.
+        """
+        if isinstance(sample, Text):
+            return self._text_row(sample.text)
+        if self.supervise == "all":
+            ids = self._encode(self._render(sample, sample.messages)).ids
+            return TokenRow(ids, np.ones(len(ids), bool), (len(ids),))
+        if sample.reply_at is None:
+            roles = ", ".join(str(message["role"]) for message in sample.messages)
+            raise DataError(
+                f"has no assistant turn to learn from (its turns: {roles}); leave the row out, or "
+                "set `data.supervise: all`"
+            )
+        text, spans = self._spans(sample)
+        encoded = self._encode(text)
+        mask = np.zeros(len(encoded.ids), bool)
+        if any(m["content"] or m.get("tool_calls") for m in assistant_turns(sample.messages)):
+            for span in spans:
+                mask[self._run(encoded, span)] = True
+        return TokenRow(encoded.ids, mask, (len(encoded.ids),))
+
+    def prompt(self, sample: Sample) -> Prompt | None:
+        """Return what comes before the last reply, and the reply; None where nothing asks."""
+        if isinstance(sample, Text) or sample.reply_at is None:
+            return None
+        before, reply = sample.messages[: sample.reply_at], sample.messages[sample.reply_at]
+        if not before:
+            return None
+        text = self._render(sample, before, header=True)
+        reference = str(reply["content"])
+        if reply.get("tool_calls"):
+            whole, spans = self._spans(sample)
+            encoded = self._encode(whole)
+            run = self._run(encoded, spans[-1])
+            closing = encoded.starts[run.stop - 1]
+            reference = whole[spans[-1].start : closing].strip()
+        return Prompt(self._encode(text).ids.tolist(), [reference], list(before))
+
+    def _text_row(self, text: str) -> TokenRow:
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise DataError("the tokenizer has no end-of-text token (eos_token), which text needs")
+        if ids[-1:] != [eos]:
+            ids.append(eos)
+        return TokenRow(np.array(ids, np.int32), np.ones(len(ids), bool), (len(ids),))
+
+    def _template(self, sample: Conversation) -> str:
+        try:
+            return str(self.tokenizer.get_chat_template(tools=_list(sample.tools)))
+        except ValueError as error:
+            raise DataError(
+                "the tokenizer has no chat template, which conversations need; set "
+                "`model.chat_template` to chatml, plain or a Jinja file"
+            ) from error
+
+    def _render(
+        self, sample: Conversation, messages: Sequence[Values], *, header: bool = False
+    ) -> str:
+        """Return messages as the template writes them; `header` opens an assistant turn."""
+        return self._rendered(sample, messages, header=header)[0]
+
+    def _rendered(
+        self,
+        sample: Conversation,
+        messages: Sequence[Values],
+        *,
+        header: bool = False,
+        marked: bool = False,
+    ) -> tuple[str, list[Span]]:
+        try:
+            texts, marks = render_jinja_template(
+                conversations=[list(messages)],
+                tools=_list(sample.tools),
+                chat_template=self._template(sample),
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=header,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError) as error:
+            raise DataError(f"the chat template refuses the row: {error}") from error
+        return texts[0], [Span(*mark) for mark in marks[0]] if marked else []
+
+    def _encode(self, text: str) -> Encoded:
+        encoding = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+        return Encoded(
+            text, np.array(encoding["input_ids"], np.int32), offsets[:, 0], offsets[:, 1]
+        )
+
+    def _spans(self, sample: Conversation) -> tuple[str, list[Span]]:
+        """Return the rendered conversation and the characters of each assistant turn in it."""
+        marked = _MARKERS.search(self._template(sample)) is not None
+        text, spans = self._rendered(sample, sample.messages, marked=marked)
+        _check_tools(sample, text)
+        if not marked:
+            return text, self._spans_by_prefix(sample, text)
+        turns = len(assistant_turns(sample.messages))
+        if len(spans) < turns:
+            raise DataError(
+                f"the chat template marks only {len(spans)} of the row's {turns} assistant turns "
+                "with {% generation %}; mend the template, or remove all markers from it"
+            )
+        return text, spans
+
+    def _spans_by_prefix(self, sample: Conversation, text: str) -> list[Span]:
+        """Find assistant turns by rendering the conversation up to and including each."""
+        spans = []
+        for index, message in enumerate(sample.messages):
+            if message["role"] != "assistant":
+                continue
+            start = self._start(sample, index, text)
+            upto = self._render(sample, sample.messages[: index + 1])
+            stop = _common(text, upto)
+            # Some templates close the whole conversation with one more token; that is no rewriting.
+            said = str(message["content"]).strip()
+            if stop <= start or (stop < len(upto) and said not in text[start:stop]):
+                raise _rewritten(index)
+            spans.append(Span(start, stop))
+        return spans
+
+    def _start(self, sample: Conversation, index: int, text: str) -> int:
+        """Return where the assistant's turn `index` begins, behind its header."""
+        if index == 0:
+            said = str(sample.messages[0]["content"]).strip()
+            if not said or said not in text:
+                raise DataError("starts with an assistant turn that cannot be found in the text")
+            return text.index(said)
+        before = sample.messages[:index]
+        opened = self._render(sample, before, header=True)
+        if text.startswith(opened):
+            return len(opened)
+        # The header may hold what a finished turn does not, such as an opened thinking block.
+        if not text.startswith(self._render(sample, before)):
+            raise _rewritten(index)
+        return _common(text, opened)
+
+    def _run(self, encoded: Encoded, span: Span) -> slice:
+        """Return the tokens of a turn: all that its characters touch, up to its end-of-turn token.
+
+        Raises:
+            DataError: they are no run, do not cover the turn, or nothing ends the turn.
+        """
+        start, stop = span
+        inside = (encoded.starts < stop) & (encoded.ends > start)
+        # Tokenizers that trim offsets give a token of white space the width 0.
+        inside |= (
+            (encoded.starts == encoded.ends) & (encoded.starts >= start) & (encoded.starts < stop)
+        )
+        tokens = np.flatnonzero(inside)
+        if len(tokens) == 0:
+            first = int(np.searchsorted(encoded.starts, start))
+            return slice(first, self._end_of_turn(encoded, first, first - 1) + 1)
+        first, last = int(tokens[0]), int(tokens[-1])
+        before = encoded.text[start : encoded.starts[first]]
+        behind = encoded.text[encoded.ends[last] : stop]
+        if last - first + 1 != len(tokens) or (before + behind).strip():
+            raise DataError(
+                f"the tokenizer's offsets do not cover the assistant's turn at characters "
+                f"{start} to {stop}, so no mask can be made"
+            )
+        return slice(first, self._end_of_turn(encoded, first, last) + 1)
+
+    def _end_of_turn(self, encoded: Encoded, first: int, last: int) -> int:
+        """Return the index of the token that ends the turn whose tokens are [first, last]."""
+        ids, text = encoded.ids, encoded.text
+        stop = int(encoded.ends[last]) if last >= 0 else 0
+        for index in range(last, first - 1, -1):
+            if int(ids[index]) in self._special:
+                return index
+            if text[encoded.starts[index] : stop].strip():
+                break
+        for index in range(last + 1, len(ids)):
+            if int(ids[index]) in self._ending_ids():
+                return index
+            if text[stop : encoded.ends[index]].strip():
+                break
+        raise DataError(_NO_END)
+
+    def _ending_ids(self) -> set[int]:
+        """Return the tokens that this template and tokenizer end an assistant turn with."""
+        if self._ending is None:
+            probe = Conversation(
+                ({"role": "user", "content": "ask"}, {"role": "assistant", "content": "reply"})
+            )
+            encoded = self._encode(self._render(probe, probe.messages))
+            behind = encoded.starts >= encoded.text.rindex("reply") + len("reply")
+            self._ending = set(encoded.ids[behind].tolist()) & self._special
+            if self.tokenizer.eos_token_id is not None:
+                self._ending.add(self.tokenizer.eos_token_id)
+        return self._ending
+
+
+def assistant_turns(messages: Sequence[Values]) -> list[Values]:
+    """Return the messages that the assistant says."""
+    return [message for message in messages if message["role"] == "assistant"]
+
+
+def _list(tools: tuple[Values, ...] | None) -> list[Values] | None:
+    return None if tools is None else list(tools)
+
+
+def _as_list(value: JSON) -> list[JSON]:
+    return value if isinstance(value, list) else []
+
+
+def _common(first: str, second: str) -> int:
+    """Return how many characters two texts share at their start."""
+    if first.startswith(second):
+        return len(second)
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _rewritten(index: int) -> DataError:
+    return DataError(
+        f"the chat template rewrites turn {index + 1} once further turns follow (as templates do "
+        "that drop earlier thinking), so what the model says there cannot be told apart; use a "
+        "template with {% generation %} markers (`model.chat_template`), or one reply a row"
+    )
+
+
+def _check_tools(sample: Conversation, text: str) -> None:
+    """Raise if the template leaves tools or tool calls out, as templates do that know none."""
+    calls: list[Any] = []  # tools and calls were brought into OpenAI's form before
+    for message in assistant_turns(sample.messages):
+        calls += _as_list(message.get("tool_calls"))
+    definitions: list[Any] = list(sample.tools or ())
+    for entry in calls + definitions:
+        name = str(entry["function"]["name"])
+        if name not in text:
+            kind = "tool call" if entry in calls else "tool"
+            raise DataError(
+                f"the chat template leaves out the {kind} '{name}'; use a model or a "
+                "`model.chat_template` that knows tools"
+            )

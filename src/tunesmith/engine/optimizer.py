@@ -1,0 +1,114 @@
+"""AdamW over named parameters, and its state by those names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunesmith.errors import CheckpointError, SetupError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from tunesmith.engine.settings import TrainSettings
+
+FUSED_DEVICES = ("cpu", "cuda", "xpu")
+
+
+def build_optimizer(
+    trainable: Mapping[str, nn.Parameter], settings: TrainSettings, *, learning_rate: float
+) -> torch.optim.Optimizer:
+    """Return AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over `trainable`.
+
+    Vectors (norms, biases, scales) do not decay: pulling them to 0 does not regularise.
+
+    Raises:
+        SetupError: bitsandbytes is not installed.
+    """
+    groups = [
+        {"params": list(chosen.values()), "weight_decay": decay}
+        for chosen, decay in _split(trainable, settings.weight_decay)
+        if chosen
+    ]
+    if settings.optimizer == "adamw_8bit":
+        return _adamw_8bit(groups, settings, learning_rate)
+    fused = all(
+        parameter.device.type in FUSED_DEVICES and parameter.is_floating_point()
+        for parameter in trainable.values()
+    )
+    return torch.optim.AdamW(
+        groups, lr=learning_rate, betas=settings.betas, eps=settings.eps, fused=fused
+    )
+
+
+def _split(
+    trainable: Mapping[str, nn.Parameter], decay: float
+) -> tuple[tuple[dict[str, nn.Parameter], float], tuple[dict[str, nn.Parameter], float]]:
+    matrices = {name: p for name, p in trainable.items() if p.ndim >= 2}
+    vectors = {name: p for name, p in trainable.items() if p.ndim < 2}
+    return (matrices, decay), (vectors, 0.0)
+
+
+def _adamw_8bit(
+    groups: list[dict[str, Any]], settings: TrainSettings, learning_rate: float
+) -> torch.optim.Optimizer:
+    """Return AdamW with blockwise 8-bit state (Dettmers et al. 2022, arXiv:2110.02861)."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise SetupError(
+            "train.optimizer: 'adamw_8bit' needs bitsandbytes, which is not installed; "
+            "run pip install 'tunesmith[quantize]' or use adamw"
+        ) from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(
+        groups, lr=learning_rate, betas=settings.betas, eps=settings.eps
+    )
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Let the next step use `learning_rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def state_by_name(
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor | int | float]:
+    """Return the optimiser's state, tensors and numbers, by `<key>/<parameter name>`."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in trainable.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_state_by_name(
+    optimizer: torch.optim.Optimizer,
+    trainable: Mapping[str, nn.Parameter],
+    state: Mapping[str, Tensor | int | float],
+) -> None:
+    """Take over a saved `state_by_name`.
+
+    Raises:
+        CheckpointError: the state names a parameter that does not train here.
+    """
+    names = {parameter: name for name, parameter in trainable.items()}
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    by_name: dict[str, dict[str, Tensor | int | float]] = {}
+    for path, value in state.items():
+        key, name = path.split("/", maxsplit=1)
+        by_name.setdefault(name, {})[key] = value
+    if unknown := sorted(by_name.keys() - set(order)):
+        raise CheckpointError(
+            f"the checkpoint's optimiser state is of '{unknown[0]}', which does not train in this "
+            "run; resume with the method it was saved with"
+        )
+    described = optimizer.state_dict()
+    described["state"] = {
+        index: by_name[name] for index, name in enumerate(order) if name in by_name
+    }
+    optimizer.load_state_dict(described)

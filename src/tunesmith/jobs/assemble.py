@@ -1,0 +1,177 @@
+"""Putting a run together: tokenizer, data, model, method and objective, before anything trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from tunesmith.data.collate import Collator
+from tunesmith.data.prepare import prepare
+from tunesmith.errors import ModelError, SpecError
+from tunesmith.methods.tuned import TunedModel, attach
+from tunesmith.models.attention import enable_segments
+from tunesmith.models.chat import prepare_tokenizer
+from tunesmith.models.loading import load_model, load_tokenizer
+from tunesmith.models.precision import best_dtype
+from tunesmith.models.zoo import cache_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from tunesmith.data.prepare import PreparedData
+    from tunesmith.engine.distribution import Peers
+    from tunesmith.models.chat import TokenizerFacts
+    from tunesmith.objectives import ObjectiveUnion
+    from tunesmith.spec import Run
+    from tunesmith.types import Batch, LossTerms
+
+
+class Program(nn.Module):
+    """Model and objective as one module, so that wrappers see the whole forward, loss included."""
+
+    def __init__(self, model: PreTrainedModel, objective: ObjectiveUnion) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> LossTerms:
+        """Return the summed loss of `batch`."""
+        return self.objective.loss(self.model, batch)
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """What the weights are loaded in, and what matrix products compute in."""
+
+    weights: torch.dtype
+    compute: torch.dtype
+
+    def autocast(self, *, mixed: bool) -> torch.dtype | None:
+        """Return the dtype of autocast, or None where the weights' own dtype serves.
+
+        Args:
+            mixed: whether base weights train, in float32 beside frozen ones in another dtype.
+        """
+        needed = self.weights != self.compute or (mixed and self.compute != torch.float32)
+        return self.compute if needed else None
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A run that is ready to train."""
+
+    run: Run
+    tuned: TunedModel
+    program: Program
+    tokenizer: PreTrainedTokenizerFast
+    facts: TokenizerFacts
+    data: PreparedData
+    collate: Collator
+    autocast_dtype: torch.dtype | None
+    """What the forward computes in under autocast; None leaves the model's own dtype."""
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether batches are segments side by side instead of padded rows."""
+        return self.collate.padding == "free"
+
+
+def assemble(run: Run, peers: Peers, progress: Callable[[str], None]) -> Assembled:
+    """Return everything `run` needs, loaded and attached; nothing is written but the cache.
+
+    Args:
+        run: the resolved run.
+        peers: the processes; the model goes to their device.
+        progress: told in a few words what is being done.
+
+    Raises:
+        TunesmithError: the kind says which part of the run cannot work.
+    """
+    progress("reading data")
+    tokenizer = load_tokenizer(run.model)
+    facts = prepare_tokenizer(tokenizer, run.model)
+    data = prepare(run.data, tokenizer, seed=run.seed, cache=cache_dir() / "tokens")
+    progress("loading the model")
+    dtypes = choose_dtypes(run, peers.device)
+    model = load_model(run.model, device=peers.device, dtype=dtypes.weights).model
+    padding = choose_padding(run, model)
+    progress("attaching the method")
+    tuned = attach_seeded(model, run)
+    mixed = any(part.attachment.trains_base for part in tuned.parts)
+    return Assembled(
+        run=run,
+        tuned=tuned,
+        program=Program(model, run.objective),
+        tokenizer=tokenizer,
+        facts=facts,
+        data=data,
+        collate=Collator(facts.pad_token_id, padding),
+        autocast_dtype=dtypes.autocast(mixed=mixed),
+    )
+
+
+def assembled_from(loaded: LoadedRun, data: PreparedData) -> Assembled:
+    """Return a finished run, loaded again, as `assemble` would have it."""
+    facts = prepare_tokenizer(loaded.tokenizer, loaded.run.model)
+    model = loaded.tuned.model
+    return Assembled(
+        run=loaded.run,
+        tuned=loaded.tuned,
+        program=Program(model, loaded.run.objective),
+        tokenizer=loaded.tokenizer,
+        facts=facts,
+        data=data,
+        collate=Collator(facts.pad_token_id, choose_padding(loaded.run, model)),
+        autocast_dtype=loaded.autocast_dtype,
+    )
+
+
+def attach_seeded(model: PreTrainedModel, run: Run) -> TunedModel:
+    """Attach the run's method with initial weights that the run's seed decides."""
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed)
+        return attach(model, run.method)
+
+
+def choose_dtypes(run: Run, device: torch.device) -> Dtypes:
+    """Return the dtypes that `model.dtype` and `engine.precision` ask for, or the best here.
+
+    Raises:
+        SpecError: products cannot be float32 over weights that are not.
+    """
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    asked, precision = named.get(run.model.dtype), named.get(run.engine.precision)
+    compute = precision or asked or best_dtype(device)
+    trains_all = run.method.base_dtype == "float32"
+    weights = asked or (torch.float32 if trains_all else compute)
+    if compute == torch.float32 != weights:
+        raise SpecError(
+            f"engine.precision: float32 needs model.dtype float32, not {run.model.dtype}"
+        )
+    return Dtypes(weights, compute)
+
+
+def choose_padding(run: Run, model: PreTrainedModel) -> Literal["free", "right"]:
+    """Return how batches are laid out, and switch segment-aware attention on for `free`.
+
+    Raises:
+        ModelError: packing or `engine.padding: free` on a model whose attention cannot do it.
+    """
+    wanted = run.engine.padding == "free" or run.data.packing
+    if run.model.attention != "auto" or (run.engine.padding == "right" and not run.data.packing):
+        if wanted:
+            raise SpecError("data.packing and engine.padding free need model.attention auto")
+        return "right"
+    if enable_segments(model):
+        return "free"
+    if wanted:
+        raise ModelError(
+            f"data.packing: the attention of {type(model).__name__} cannot keep packed samples "
+            "apart; use data.packing: false and engine.padding: auto"
+        )
+    return "right"

@@ -1,0 +1,72 @@
+"""Evaluating a finished run, on its own or on other data, beside the untuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.data.prepare import prepare
+from tunesmith.errors import DataError
+from tunesmith.jobs.assemble import assembled_from
+from tunesmith.jobs.examine import Examiner
+from tunesmith.jobs.result import load_run
+from tunesmith.jobs.run_directory import write_json
+from tunesmith.models.zoo import cache_dir
+
+if TYPE_CHECKING:
+    from tunesmith.data.prepare import PreparedData
+    from tunesmith.data.settings import DataSettings, Source
+    from tunesmith.jobs.result import LoadedRun
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    data: str | None = None,
+    base: bool = True,
+    overrides: Sequence[str] = (),
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of a run's result under "tuned", and of the untuned model under "base".
+
+    They are also written to evaluation.json in the run directory.
+
+    Args:
+        path: the run directory.
+        data: evaluate on this file, folder or name instead, laid out like the run's own data.
+        base: whether to measure the untuned model as well.
+        overrides: settings over those of the run, such as `evaluation.limit=100`.
+
+    Raises:
+        DataError: there are no evaluation rows.
+    """
+    loaded = load_run(path, overrides)
+    prepared = _prepare(loaded, data)
+    examiner = Examiner(assembled_from(loaded, prepared), loaded.peers)
+    metrics = {}
+    if base:
+        with loaded.tuned.disabled():
+            metrics["base"] = examiner.examine()
+    metrics["tuned"] = examiner.examine()
+    if loaded.peers.is_main:
+        write_json(loaded.directory.evaluation, {"data": data, "metrics": metrics})
+    return metrics
+
+
+def _prepare(loaded: LoadedRun, data: str | None) -> PreparedData:
+    settings, seed = loaded.run.data, loaded.run.seed
+    if data is not None:
+        settings = _pointed_at(settings, data)
+    prepared = prepare(settings, loaded.tokenizer, seed=seed, cache=cache_dir() / "tokens")
+    if not prepared.evaluation:
+        raise DataError(
+            "data.evaluation: the run has no evaluation rows; name a file with --data"
+        )
+    return prepared
+
+
+def _pointed_at(settings: DataSettings, data: str) -> DataSettings:
+    """Return settings that evaluate on `data`, read as the run's own data are."""
+    like: Source = (settings.evaluation or settings.train)[0]
+    source = like.model_copy(update={"path": data, "split": None, "limit": None})
+    return settings.model_copy(update={"evaluation": [source], "holdout": 0})

@@ -1,0 +1,155 @@
+"""Measuring a model on the evaluation rows: loss, replies, and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from tunesmith.engine.evaluation import mean_loss
+from tunesmith.engine.events import Listener, Sampled
+from tunesmith.errors import SpecError
+from tunesmith.measure.choices import choose
+from tunesmith.measure.text import bleu, exact_match, rouge_l
+from tunesmith.rollout.generate import generate
+
+if TYPE_CHECKING:
+    from tunesmith.data.rows import Prompt
+    from tunesmith.engine.distribution import Peers
+    from tunesmith.jobs.assemble import Assembled
+
+SCORES = {"bleu": bleu, "rouge_l": rouge_l, "exact_match": exact_match}
+"""Metrics of generated replies: replies and each one's references to a number."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said to a prompt."""
+
+    prompt: str
+    reference: str
+    reply: str
+
+
+@dataclass
+class Examiner:
+    """Measures the assembled model as it is; call it as often as wanted."""
+
+    assembled: Assembled
+    peers: Peers
+    listeners: Sequence[Listener] = ()
+    replies: list[Reply] = field(default_factory=list, init=False)
+    """The replies of the last examination: the first `evaluation.samples` prompts."""
+
+    def __post_init__(self) -> None:
+        """Check that what is to be measured can be.
+
+        Raises:
+            SpecError: accuracy without choices.
+        """
+        settings = self.assembled.run.evaluation
+        if "accuracy" in settings.metrics and len(settings.choices) < 2:
+            raise SpecError(
+                "evaluation.choices: accuracy scores the replies to choose among; give at least two"
+            )
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is anything to measure on."""
+        return len(self.assembled.data.evaluation) > 0
+
+    def examine(self, step: int | None = None) -> dict[str, float]:
+        """Return all metrics of the model as it is now; every process calls this alike.
+
+        Args:
+            step: tells the listeners of the sample replies under this step.
+        """
+        settings, data = self.assembled.run.evaluation, self.assembled.data
+        metrics = mean_loss(
+            self.assembled.program,
+            data.evaluation[: settings.limit],
+            self.assembled.collate,
+            batch_size=settings.batch_size,
+            peers=self.peers,
+            autocast_dtype=self.assembled.autocast_dtype,
+        )
+        # The objective calls it accuracy; beside the accuracy of choices it needs a fuller name.
+        if "accuracy" in metrics:
+            metrics["token_accuracy"] = metrics.pop("accuracy")
+        prompts = data.prompts[: settings.limit]
+        with self._autocast():
+            if "accuracy" in settings.metrics:
+                metrics["accuracy"] = self._accuracy(prompts)
+            metrics |= self._score_replies(prompts)
+        if step is not None and self.peers.is_main:
+            self._tell(step)
+        return metrics
+
+    def _score_replies(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        settings = self.assembled.run.evaluation
+        wanted = [name for name in settings.metrics if name in SCORES]
+        needed = prompts if wanted else prompts[: settings.samples]
+        replies = self._replies(needed)
+        self.replies = [
+            Reply(shown(prompt), prompt.reference[0], reply)
+            for prompt, reply in list(zip(needed, replies, strict=True))[: settings.samples]
+        ]
+        references = [prompt.reference for prompt in needed]
+        return {name: SCORES[name](replies, references) for name in wanted}
+
+    def _replies(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the model's replies, each process having generated its share."""
+        settings, peers = self.assembled.run.evaluation, self.peers
+        mine = list(prompts)[peers.rank :: peers.size]
+        tokens = generate(
+            self.assembled.tuned.model,
+            self.assembled.tokenizer,
+            [prompt.input_ids for prompt in mine],
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+        )
+        texts = [self.assembled.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
+        return interleave(peers.gather(texts))
+
+    def _accuracy(self, prompts: Sequence[Prompt]) -> float:
+        settings, peers = self.assembled.run.evaluation, self.peers
+        mine = list(prompts)[peers.rank :: peers.size]
+        chosen = choose(
+            self.assembled.tuned.model,
+            self.assembled.tokenizer,
+            [prompt.input_ids for prompt in mine],
+            settings.choices,
+            batch_size=settings.batch_size,
+        )
+        right = sum(
+            settings.choices[index].strip() in {text.strip() for text in prompt.reference}
+            for index, prompt in zip(chosen, mine, strict=True)
+        )
+        correct, asked = peers.sum([right, len(mine)])
+        return correct / asked
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = self.assembled.autocast_dtype
+        return torch.autocast(self.peers.device.type, dtype) if dtype else nullcontext()
+
+    def _tell(self, step: int) -> None:
+        for reply in self.replies:
+            event = Sampled(
+                step=step, prompt=reply.prompt, reply=reply.reply, reference=reply.reference
+            )
+            for listener in self.listeners:
+                listener(event)
+
+
+def shown(prompt: Prompt) -> str:
+    """Return what the user asked, for people to read."""
+    return str(prompt.messages[-1].get("content", ""))
+
+
+def interleave(shares: Sequence[Sequence[str]]) -> list[str]:
+    """Return what processes made of items [rank::size] in the items' order."""
+    total = sum(len(share) for share in shares)
+    return [shares[index % len(shares)][index // len(shares)] for index in range(total)]

@@ -1,0 +1,221 @@
+"""Checks against silently wrong runs: before the first step, after each save, after a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from tunesmith.engine.evaluation import measuring
+from tunesmith.errors import ProofError
+from tunesmith.types import Proof
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from tunesmith.data.rows import TokenRow
+    from tunesmith.engine.distribution import Peers
+    from tunesmith.jobs.assemble import Assembled
+    from tunesmith.jobs.run_directory import RunDirectory
+    from tunesmith.methods.tuned import TunedModel
+    from tunesmith.types import RowStream
+
+ROWS = 8
+"""Rows that the proofs before the first step look at."""
+
+
+def prove_start(assembled: Assembled, peers: Peers) -> list[Proof]:
+    """Return what holds before the first step.
+
+    Raises:
+        ProofError: something does not hold; its message says what to do.
+    """
+    rows = _first_rows(assembled.data.train)
+    return require(
+        [
+            trains(assembled.tuned),
+            supervision(assembled, rows),
+            end_of_turn(assembled, rows),
+            starts_at_base(assembled, rows[:2], peers),
+            no_contamination(assembled, rows[:3], peers),
+        ]
+    )
+
+
+def prove_saved(assembled: Assembled, directory: RunDirectory) -> list[Proof]:
+    """Return what holds after saving.
+
+    Raises:
+        ProofError: what was written is not what was trained.
+    """
+    if directory.model.exists():
+        weights = whole_model_reads_back(assembled.tuned, directory.model)
+        return require([weights, same_template(assembled.tokenizer, directory.model)])
+    weights = reads_back(assembled.tuned, directory.adapter)
+    return require([weights, same_template(assembled.tokenizer, directory.adapter)])
+
+
+def told(proof: Proof) -> str:
+    """Return a proof as a line."""
+    return f"{'ok' if proof.passed else 'FAILED'}  {proof.name}: {proof.detail}"
+
+
+def _first_rows(stream: RowStream[TokenRow]) -> list[TokenRow]:
+    """Return the rows that training will start with, without taking them."""
+    before = stream.state_dict()
+    rows = stream.take(ROWS)
+    stream.load_state_dict(before)
+    return rows
+
+
+def require(proofs: Sequence[Proof]) -> list[Proof]:
+    """Return `proofs` if all of them hold.
+
+    Raises:
+        ProofError: naming each that does not.
+    """
+    failed = [f"{proof.name}: {proof.detail}" for proof in proofs if not proof.passed]
+    if failed:
+        raise ProofError("; ".join(failed))
+    return list(proofs)
+
+
+def trains(tuned: TunedModel) -> Proof:
+    """Something trains, and exactly what the method says."""
+    counts = tuned.parameter_counts()
+    wanted = {name for name, p in tuned.model.named_parameters() if p.requires_grad}
+    share = counts.trainable / max(counts.base, 1)
+    largest = sorted(counts.by_kind.items(), key=lambda item: -item[1])[:3]
+    kinds = ", ".join(f"{name} {number:,}" for name, number in largest)
+    return Proof(
+        "parameters that train",
+        bool(counts.trainable) and wanted == set(tuned.trainable()),
+        f"{counts.trainable:,} beside or of {counts.base:,} ({share:.2%}): {kinds}"
+        + (", ..." if len(counts.by_kind) > len(largest) else ""),
+    )
+
+
+def supervision(assembled: Assembled, rows: Sequence[TokenRow]) -> Proof:
+    """Every row has a supervised token."""
+    tokens = sum(len(row.input_ids) for row in rows)
+    supervised = sum(int(row.supervised.sum()) for row in rows)
+    bare = sum(not row.supervised.any() for row in rows)
+    report = assembled.data.train_report
+    seen = f"{supervised:,} of {tokens:,} tokens in {len(rows)} rows ({supervised / tokens:.1%})"
+    if report.tokens:
+        share = report.supervised_tokens / report.tokens
+        seen = f"{report.supervised_tokens:,} of {report.tokens:,} tokens ({share:.1%})"
+    detail = seen if not bare else f"{bare} of {len(rows)} rows have none; check data.supervise"
+    return Proof("tokens supervised", bare == 0, detail)
+
+
+def end_of_turn(assembled: Assembled, rows: Sequence[TokenRow]) -> Proof:
+    """The token that ends the assistant's turn is learned, or replies would never stop."""
+    ends = set(assembled.facts.end_of_turn_ids)
+    missing = sum(not ends & set(row.input_ids[row.supervised].tolist()) for row in rows)
+    cut = assembled.data.train_report.truncated > 0
+    names = ", ".join(repr(assembled.tokenizer.decode([token])) for token in sorted(ends))
+    detail = f"{names} is supervised in {len(rows) - missing} of {len(rows)} rows"
+    if missing:
+        detail += "; the rest are cut" if cut else "; check model.chat_template"
+    return Proof("end of turn supervised", missing == 0 or cut, detail)
+
+
+def starts_at_base(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers) -> Proof:
+    """A method that promises identity at the start gives the base model's loss, bit for bit."""
+    if not all(part.attachment.identity_at_start for part in assembled.tuned.parts):
+        return Proof("starts at the base", True, "not promised by this method")
+    on = _loss(assembled, rows, peers)
+    with assembled.tuned.disabled():
+        off = _loss(assembled, rows, peers)
+    close = abs(on - off) <= _tolerance(assembled) * max(1.0, abs(off))
+    return Proof("starts at the base", close, f"loss {on:.6f}, base model {off:.6f}")
+
+
+def no_contamination(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers) -> Proof:
+    """Rows side by side in one batch give the loss they give apart."""
+    together = _loss(assembled, rows, peers)
+    apart = sum(_loss(assembled, [row], peers) for row in rows)
+    close = abs(together - apart) <= 2e-2 * max(1.0, abs(apart))
+    if assembled.program.model.dtype == torch.float32 and assembled.autocast_dtype is None:
+        close = abs(together - apart) <= 1e-4 * max(1.0, abs(apart))
+    kind = "side by side without padding" if assembled.padding_free else "padded"
+    return Proof("rows do not see each other", close, f"{together:.4f} {kind}, {apart:.4f} apart")
+
+
+def _tolerance(assembled: Assembled) -> float:
+    """Float32 copies of bfloat16 weights round elsewhere; a hook that adds zero does not."""
+    return 0.0 if assembled.autocast_dtype is None else 2e-2
+
+
+def _loss(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers) -> float:
+    batch = peers.to_device(assembled.collate(list(rows)))
+    dtype = assembled.autocast_dtype
+    with (
+        measuring(assembled.program),
+        torch.autocast(peers.device.type, dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
+        return float(assembled.program(batch).total)
+
+
+def reads_back(tuned: TunedModel, directory: Path) -> Proof:
+    """The saved adapter holds, bit for bit, what was trained."""
+    adapters = tuned.files()
+    equal, tensors = True, 0
+    for adapter in adapters:
+        place = directory if len(adapters) == 1 else directory / adapter.folder
+        equal &= _same_tensors(load_file(place / "adapter_model.safetensors"), adapter.tensors)
+        tensors += len(adapter.tensors)
+    return Proof("saved file reads back equal", equal, f"{tensors} tensors in {directory}")
+
+
+def whole_model_reads_back(tuned: TunedModel, directory: Path) -> Proof:
+    """The saved model holds, bit for bit, the trained weights in their saved dtype."""
+    saved: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        saved |= load_file(file)
+    trained = {name: p.detach() for name, p in tuned.trainable().items()}
+    equal = all(torch.equal(saved[n], p.cpu().to(saved[n].dtype)) for n, p in trained.items())
+    return Proof("saved model reads back equal", equal, f"{len(trained)} tensors in {directory}")
+
+
+def _same_tensors(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(tensor, other[name].cpu()) for name, tensor in one.items()
+    )
+
+
+def same_template(tokenizer: PreTrainedTokenizerFast, directory: Path) -> Proof:
+    """The saved tokenizer renders a conversation into the tokens that were trained on."""
+    messages = [
+        {"role": "user", "content": "Is 12 more than 7?\n\n\u4f60\u597d"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    saved = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    here, there = (
+        one.apply_chat_template(messages, tokenize=True, return_dict=False)
+        for one in (tokenizer, saved)
+    )
+    return Proof("saved chat template is the trained one", here == there, f"{len(here)} tokens")
+
+
+def merged_agrees(tuned: TunedModel, ids: torch.Tensor, *, tolerance: float) -> Proof:
+    """The logits with the method merged are those with the method beside the weights.
+
+    Args:
+        tuned: unmerged; is unmerged again afterwards.
+        ids: (batch, length) int64 tokens to compare on.
+        tolerance: largest absolute difference allowed, relative to the largest logit.
+    """
+    with measuring(tuned.model):
+        beside = tuned.model(ids).logits.float()
+        with tuned.merged() as model:
+            within = model(ids).logits.float()
+    difference = (beside - within).abs().max().item()
+    allowed = tolerance * max(1.0, beside.abs().max().item())
+    detail = f"largest difference of logits {difference:.2e}, allowed {allowed:.2e}"
+    return Proof("merged equals unmerged", difference <= allowed, detail)

@@ -1,0 +1,68 @@
+"""summary.json: the evidence that comparisons and reports are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tunesmith.jobs.environment import hardware
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tunesmith.engine.loop import Outcome
+    from tunesmith.jobs.assemble import Assembled
+    from tunesmith.jobs.run_directory import RunDirectory
+    from tunesmith.types import JSON, Proof
+
+
+def summarise(
+    assembled: Assembled,
+    outcome: Outcome,
+    after: Mapping[str, float],
+    proofs: Sequence[Proof],
+    directory: RunDirectory,
+) -> dict[str, JSON]:
+    """Return the evidence of a finished run, all of it measured.
+
+    Args:
+        assembled: the run.
+        outcome: what the loop counted.
+        after: metrics of the result.
+        proofs: what was checked.
+        directory: holds the saved result.
+    """
+    run, counts = assembled.run, assembled.tuned.parameter_counts()
+    seconds = max(outcome.seconds, 1e-9)
+    result = directory.adapter if directory.adapter.exists() else directory.model
+    data: dict[str, JSON] = {"train": assembled.data.train_report.to_json()}
+    if assembled.data.evaluation_report is not None:
+        data["evaluation"] = assembled.data.evaluation_report.to_json()
+    return {
+        "name": run.name,
+        "model": run.model.name,
+        "method": run.method.name,
+        "objective": run.objective.name,
+        "before": dict(outcome.before),
+        "after": dict(after),
+        "steps": outcome.steps,
+        "stopped_because": outcome.stopped_because,
+        "skipped_steps": outcome.skipped_steps,
+        "seconds": round(outcome.seconds, 2),
+        "tokens": outcome.tokens,
+        "supervised_tokens": outcome.supervised_tokens,
+        "tokens_per_second": round(outcome.tokens_per_second, 1),
+        "supervised_tokens_per_second": round(outcome.supervised_tokens / seconds, 1),
+        "peak_memory_bytes": outcome.memory_bytes,
+        "trainable_parameters": counts.trainable,
+        "total_parameters": counts.base,
+        "result_bytes": weights_bytes(result),
+        "data": data,
+        "proofs": [proof._asdict() for proof in proofs],
+        "hardware": hardware(),
+    }
+
+
+def weights_bytes(directory: Path) -> int:
+    """Return the bytes of the saved weights."""
+    return sum(file.stat().st_size for file in directory.rglob("*.safetensors"))

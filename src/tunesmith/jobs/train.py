@@ -1,0 +1,258 @@
+"""The main job: from a spec to a tuned model, its record and its proofs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console as Terminal
+
+from tunesmith.engine.checkpoint import checkpoints, find_resumable, load_trainable, step_of
+from tunesmith.engine.distribution import Peers, connect
+from tunesmith.engine.events import Evaluated, Event, Listener, Sampled
+from tunesmith.engine.listeners import Console, JsonlWriter
+from tunesmith.engine.loop import Outcome, fit
+from tunesmith.engine.task import Task
+from tunesmith.engine.trackers import Trackers
+from tunesmith.jobs.assemble import Assembled, assemble
+from tunesmith.jobs.environment import environment
+from tunesmith.jobs.examine import Examiner, Reply
+from tunesmith.jobs.proofs import prove_saved, prove_start, told
+from tunesmith.jobs.run_directory import RunDirectory, check_free, clear, write_json
+from tunesmith.jobs.summary import summarise
+from tunesmith.methods.adapter_files import write_adapters
+from tunesmith.methods.child import base_parameters
+from tunesmith.report.page import write_report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerFast
+
+    from tunesmith.methods.tuned import TunedModel
+    from tunesmith.spec import Run
+    from tunesmith.types import JSON, Proof
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: the tuned model in memory, and its directory."""
+
+    tuned: TunedModel
+    tokenizer: PreTrainedTokenizerFast
+    directory: RunDirectory
+    outcome: Outcome
+    summary: dict[str, JSON]
+    """The evidence; empty where the run was interrupted."""
+
+
+def train(
+    run: Run, *, resume: bool = False, overwrite: bool = False, listeners: Sequence[Listener] = ()
+) -> Result:
+    """Train a run and return what came of it; every process of a distributed run calls this alike.
+
+    The result is the model after the last step; where `train.early_stopping` stopped the run, the
+    best one.
+
+    Args:
+        run: what to do.
+        resume: go on from the newest whole checkpoint, where there is one.
+        overwrite: delete what an earlier run of this name left.
+        listeners: told of every event, besides the console and the record.
+
+    Raises:
+        TunesmithError: its kind says what is wrong; what is found before the first step leaves
+            nothing behind.
+    """
+    run = run.resolved()
+    peers = connect(run.engine)
+    directory = check_free(run, resume=resume, overwrite=overwrite)
+    say = _teller(peers)
+    assembled = assemble(run, peers, say)
+    for line in assembled.data.train_report.lines():
+        say(line)
+    proofs = prove_start(assembled, peers)
+    _tell_proofs(proofs, say)
+    heard = [*_listeners(run, directory), *listeners]
+    resume_from = find_resumable(directory.path, listeners=heard) if resume else None
+    if peers.is_main:
+        _open(directory, run, fresh=resume_from is None)
+    peers.any(False)  # nobody goes on before the directory is there
+    recorder = Recorder(Examiner(assembled, peers), directory, heard)
+    outcome = _fit(assembled, peers, recorder, resume_from)
+    if outcome.stopped_because == "interrupted":
+        say(f"interrupted; go on with: tunesmith train {directory.spec} --resume")
+        return Result(assembled.tuned, assembled.tokenizer, directory, outcome, {})
+    return _finish(assembled, peers, recorder, outcome, proofs, say)
+
+
+@dataclass
+class Recorder:
+    """Examines the model when the loop asks, and keeps its sample replies."""
+
+    examiner: Examiner
+    directory: RunDirectory
+    listeners: Sequence[Listener]
+
+    def __call__(self, event: Event) -> None:
+        """After an evaluation, pass the sample replies on; the first ones go to samples.json."""
+        if not isinstance(event, Evaluated):
+            return
+        for reply in self.examiner.replies:
+            sampled = Sampled(step=event.step, **asdict(reply))
+            for listener in self.listeners:
+                listener(sampled)
+        if event.step == 0:
+            self.write([{**_asked(r), "before": r.reply} for r in self.examiner.replies])
+
+    def write_after(self) -> None:
+        """Put the replies of now beside those from before training."""
+        before = {str(r["prompt"]): r for r in self._written()}
+        self.write(
+            [
+                {**_asked(r), "before": before.get(r.prompt, {}).get("before"), "after": r.reply}
+                for r in self.examiner.replies
+            ]
+        )
+
+    def write(self, samples: list[dict[str, JSON]]) -> None:
+        """Write samples.json."""
+        if samples:
+            write_json(self.directory.samples, samples)
+
+    def _written(self) -> list[dict[str, JSON]]:
+        path = self.directory.samples
+        return self.directory.read_json(path) if path.exists() else []
+
+
+def _asked(reply: Reply) -> dict[str, JSON]:
+    return {"prompt": reply.prompt, "reference": reply.reference}
+
+
+def _teller(peers: Peers) -> Say:
+    terminal = Terminal(stderr=True)
+
+    def say(line: str) -> None:
+        if peers.is_main:
+            terminal.print(line, markup=False, highlight=False)
+
+    return say
+
+
+def _tell_proofs(proofs: Sequence[Proof], say: Say) -> None:
+    for proof in proofs:
+        say(told(proof))
+
+
+def _listeners(run: Run, directory: RunDirectory) -> list[Listener]:
+    listeners: list[Listener] = [JsonlWriter(directory.metrics), Console()]
+    if run.tracking.trackers:
+        settings = run.model_dump(mode="json")
+        listeners.append(Trackers(run.tracking, directory.path, settings))
+    return listeners
+
+
+def _open(directory: RunDirectory, run: Run, *, fresh: bool) -> None:
+    if fresh:
+        clear(directory)
+    directory.begin(run)
+    write_json(directory.environment, environment(run.seed))
+
+
+def _fit(
+    assembled: Assembled, peers: Peers, recorder: Recorder, resume_from: Path | None
+) -> Outcome:
+    run, tuned, program = assembled.run, assembled.tuned, assembled.program
+    listeners = [*recorder.listeners, recorder]
+    task = Task(
+        module=program,
+        model=tuned.model,
+        trainable=tuned.trainable(),
+        rows=assembled.data.train,
+        collate=assembled.collate,
+        count=run.objective.count,
+        default_learning_rate=run.method.default_learning_rate,
+        block_modules=[tuned.model.get_submodule(block.path) for block in tuned.sites.blocks],
+        penalty=tuned.penalty,
+        on_step=tuned.on_step,
+        extra_state=tuned.extra_state,
+        load_extra_state=tuned.load_extra_state,
+        evaluate=recorder.examiner.examine if recorder.examiner.has_rows else None,
+        autocast_dtype=assembled.autocast_dtype,
+    )
+    try:
+        return fit(
+            task,
+            train=run.train,
+            checkpoint=run.checkpoint,
+            evaluation=run.evaluation,
+            engine=run.engine,
+            tracking=run.tracking,
+            run_dir=recorder.directory.path,
+            seed=run.seed,
+            listeners=listeners,
+            resume_from=resume_from,
+            peers=peers,
+        )
+    finally:
+        for listener in listeners:
+            if isinstance(listener, Console | JsonlWriter | Trackers):
+                listener.close()
+
+
+def _finish(
+    assembled: Assembled,
+    peers: Peers,
+    recorder: Recorder,
+    outcome: Outcome,
+    proofs: list[Proof],
+    say: Say,
+) -> Result:
+    directory = recorder.directory
+    after = outcome.metrics
+    if outcome.stopped_because == "early_stopping" and outcome.best is not None:
+        say(f"taking the best model, of step {outcome.best.step}")
+        newest = {step_of(path): path for path in checkpoints(directory.path)}
+        assembled.tuned.load_state_dict(load_trainable(newest[outcome.best.step]))
+        after = recorder.examiner.examine()
+    save_result(assembled.tuned, assembled.tokenizer, directory, peers)
+    summary: dict[str, JSON] = {}
+    if peers.is_main:
+        saved = prove_saved(assembled, directory)
+        _tell_proofs(saved, say)
+        recorder.write_after()
+        summary = summarise(assembled, outcome, after, [*proofs, *saved], directory)
+        write_json(directory.summary, summary)
+        write_report(directory.path)
+        say(f"report: {directory.report}")
+    peers.any(False)  # nobody leaves while the main process still writes
+    return Result(assembled.tuned, assembled.tokenizer, directory, outcome, summary)
+
+
+def everything_trains(tuned: TunedModel) -> bool:
+    """Return whether the result is a whole model rather than something beside one."""
+    return set(base_parameters(tuned.model)) <= set(tuned.trainable())
+
+
+def save_result(
+    tuned: TunedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: RunDirectory,
+    peers: Peers,
+) -> None:
+    """Write what was trained and the tokenizer; every process calls this, the main one writes."""
+    whole = everything_trains(tuned)
+    files = [] if whole else tuned.files()
+    if not peers.is_main:
+        return
+    target = directory.model if whole else directory.adapter
+    shutil.rmtree(target, ignore_errors=True)  # an earlier result; the checkpoint has it all
+    if whole:
+        tuned.export_model(target, tokenizer)
+    else:
+        write_adapters(target, files)
+        tokenizer.save_pretrained(target)

@@ -1,0 +1,21 @@
+"""Which dtype the hardware computes well."""
+
+from __future__ import annotations
+
+import torch
+
+
+def best_dtype(device: torch.device | str) -> torch.dtype:
+    """Return bfloat16 where `device` multiplies it faster than float32, else float32.
+
+    That is CUDA from compute capability 8.0 (Ampere) and CPUs with AVX512-BF16 or AMX. Elsewhere
+    bfloat16 is emulated, and float16 needs loss scaling, so neither is chosen unasked.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32

@@ -1,0 +1,243 @@
+"""Log-probabilities of given tokens straight from hidden states and the head's weight.
+
+The logits of all positions, (tokens, vocab), never exist whole: only supervised positions reach the
+head, chunk by chunk, and a chunk's logits are overwritten by their own gradient. The idea is that
+of Liger Kernel (Hsu et al. 2024, arXiv:2410.10989, sec. 3.2) and Cut Cross-Entropy (Wijmans et al.
+2024, arXiv:2411.09009), in plain PyTorch, so that it runs on every device.
+
+Throughout, for logits z = h W^T + b and a label y: log p = z_y - log sum exp z.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tunesmith.ops.chunked_head import (
+    Gradients,
+    Head,
+    Softmax,
+    blocks,
+    chunks,
+    compute_dtype,
+    exact_dtype,
+)
+from tunesmith.types import IGNORE
+
+
+class LossAndCorrect(NamedTuple):
+    """A summed loss, and how often the label had the largest logit."""
+
+    total: Tensor
+    """() float32 (float64 for float64 inputs), differentiable."""
+    correct: Tensor
+    """() int64."""
+
+
+class LogProbsAndEntropy(NamedTuple):
+    """Per position, both differentiable and 0 where the label is IGNORE."""
+
+    log_probs: Tensor
+    """(tokens,) float32 (float64 for float64 inputs): log p(label), in nats."""
+    entropy: Tensor
+    """(tokens,) as `log_probs`: -sum p log p over the vocabulary, in nats."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Return the sum of -log p(label) over the positions whose label is not IGNORE.
+
+    The gradients are computed in the forward pass, while a chunk's logits are there, so backward
+    only scales them; the weight's only if the weight trains. Products run in the inputs' dtype (the
+    autocast dtype where autocast is on), softmax and sums in float32.
+
+    Args:
+        hidden: (tokens, width) float, the states that the head sees.
+        weight: (vocab, width) float, the output embedding.
+        labels: (tokens,) int64, already shifted: the token that `hidden[t]` predicts, or IGNORE.
+        bias: (vocab,) of the output embedding.
+        chunk_size: positions a chunk; by default as many as keep its logits near 64 MiB on a CPU
+            and 512 MiB elsewhere.
+        softcap: c of c tanh(z / c) on the logits (Gemma 2, arXiv:2408.00118, sec. 2).
+
+    Returns:
+        () float32 (float64 for float64 inputs), in nats; 0 without supervised positions.
+    """
+    options = _Options(softcap, chunk_size)
+    return _summed_loss(hidden, Head(weight, bias), labels, options=options).total
+
+
+def linear_cross_entropy_and_correct(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+) -> LossAndCorrect:
+    """Return what `linear_cross_entropy` does and how many labels have the largest logit."""
+    options = _Options(softcap, chunk_size, count_correct=True)
+    return _summed_loss(hidden, Head(weight, bias), labels, options=options)
+
+
+def token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Return log p(label) per position, (tokens,) float32, 0 where the label is IGNORE.
+
+    Differentiable; backward computes each chunk's logits anew, because the gradient of each
+    position is known only then. Arguments as for `linear_cross_entropy`.
+    """
+    options = _Options(softcap, chunk_size)
+    return _per_token(hidden, Head(weight, bias), labels, options=options).log_probs
+
+
+def token_log_probs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+) -> LogProbsAndEntropy:
+    """Return what `token_log_probs` does and the entropy of each position's distribution."""
+    options = _Options(softcap, chunk_size, with_entropy=True)
+    return _per_token(hidden, Head(weight, bias), labels, options=options)
+
+
+class _Options(NamedTuple):
+    softcap: float | None
+    chunk_size: int | None
+    count_correct: bool = False
+    with_entropy: bool = False
+
+
+def _summed_loss(
+    hidden: Tensor, head: Head, labels: Tensor, *, options: _Options
+) -> LossAndCorrect:
+    supervised = (labels != IGNORE).nonzero().squeeze(-1)
+    if len(supervised) < len(labels):
+        hidden, labels = hidden[supervised], labels[supervised]
+    dtype = compute_dtype(hidden, head.weight)
+    graph = torch.is_grad_enabled()
+    values = _SummedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, *head, labels, options, dtype, graph
+    )
+    return LossAndCorrect(*values)
+
+
+def _per_token(
+    hidden: Tensor, head: Head, labels: Tensor, *, options: _Options
+) -> LogProbsAndEntropy:
+    supervised = (labels != IGNORE).nonzero().squeeze(-1)
+    dtype = compute_dtype(hidden, head.weight)
+    chosen, targets = hidden[supervised], labels[supervised]
+    values = _PerToken.apply(  # type: ignore[no-untyped-call]
+        chosen, *head, targets, options, dtype
+    )
+    zeros = values[0].new_zeros(len(labels))
+    return LogProbsAndEntropy(*(zeros.index_put((supervised,), value) for value in values))
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Sum of -log p. Its gradient by the logits, p - onehot(y), is known in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        labels, options, dtype, graph = rest
+        needed = [graph and needs for needs in ctx.needs_input_grad[:3]]
+        head, hidden = Head(weight, bias).cast(dtype), hidden.detach().to(dtype)
+        gradients = Gradients.start(hidden, head, needed)
+        total, correct = hidden.new_zeros((), dtype=exact_dtype(dtype)), labels.new_zeros(())
+        for chunk in chunks(len(labels), weight, options.chunk_size):
+            logits = F.linear(hidden[chunk], *head)
+            for rows, block in blocks(chunk, len(logits), weight):
+                softmax = Softmax.of(logits[block], options.softcap)
+                total -= softmax.log_probs(labels[rows]).sum()
+                if options.count_correct:
+                    correct += (softmax.logits.argmax(-1) == labels[rows]).sum()
+                if any(needed):
+                    logits[block] = _loss_by_logits(softmax, labels[rows], options.softcap)
+            gradients.add(chunk, logits, hidden, head.weight)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # In float32: rounding the factor to bfloat16 would scale every gradient by the same error.
+        gradients = (
+            None if g is None else g.to(by_total.dtype) * by_total for g in ctx.saved_tensors
+        )
+        return *gradients, None, None, None, None
+
+
+def _loss_by_logits(softmax: Softmax, labels: Tensor, softcap: float | None) -> Tensor:
+    by_logits = softmax.p.scatter_add_(-1, labels[:, None], -torch.ones_like(softmax.log_sum))
+    return softmax.uncapped(by_logits, softcap)
+
+
+class _PerToken(torch.autograd.Function):
+    """Log p(y) and entropy H of each row.
+
+    Given gradients g by log p(y) and e by H, the gradient by the logits is
+    g (onehot(y) - p) - e p (log p + H).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        labels, options, dtype = rest
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.options, ctx.dtype = options, dtype
+        head, hidden = Head(weight, bias).cast(dtype), hidden.detach().to(dtype)
+        log_probs = hidden.new_zeros(len(labels), dtype=exact_dtype(dtype))
+        entropy = torch.zeros_like(log_probs)
+        for chunk in chunks(len(labels), weight, options.chunk_size):
+            logits = F.linear(hidden[chunk], *head)
+            for rows, block in blocks(chunk, len(logits), weight):
+                softmax = Softmax.of(logits[block], options.softcap)
+                log_probs[rows] = softmax.log_probs(labels[rows])
+                if options.with_entropy:
+                    entropy[rows] = softmax.entropy()
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels = ctx.saved_tensors
+        head, hidden = Head(weight, bias).cast(ctx.dtype), hidden.to(ctx.dtype)
+        gradients = Gradients.start(hidden, head, ctx.needs_input_grad[:3])
+        for chunk in chunks(len(labels), weight, ctx.options.chunk_size):
+            logits = F.linear(hidden[chunk], *head)
+            for rows, block in blocks(chunk, len(logits), weight):
+                softmax = Softmax.of(logits[block], ctx.options.softcap)
+                by_log_probs, by_entropy = (by[rows, None] for by in by_outputs)
+                factor = by_log_probs
+                if ctx.options.with_entropy:
+                    factor = factor + by_entropy * softmax.surprise()
+                by_logits = (-softmax.p * factor).scatter_add_(-1, labels[rows, None], by_log_probs)
+                logits[block] = softmax.uncapped(by_logits, ctx.options.softcap)
+            gradients.add(chunk, logits, hidden, head.weight)
+        return *gradients, None, None, None

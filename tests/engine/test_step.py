@@ -1,0 +1,210 @@
+"""One optimiser step: the right gradient, however it is cut, and what happens when it goes wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain_task import NextNumber, collate, events_of, number_rows, plain_task, train, weights
+from torch import Tensor, nn
+
+from tunesmith.engine.events import Event, MicroBatchHalved
+from tunesmith.engine.listeners import JsonlWriter
+from tunesmith.engine.task import Task
+from tunesmith.errors import TrainingError
+from tunesmith.types import Batch, LossTerms
+
+
+def gradients_seen(task: Task[Any]) -> list[dict[str, Tensor]]:
+    """Collects the gradients of each step, as methods see them after it."""
+    seen: list[dict[str, Tensor]] = []
+
+    def keep(step: int, total: int) -> None:
+        del step, total
+        named = task.model.named_parameters()
+        seen.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    task.on_step = keep
+    return seen
+
+
+def plain_gradient(rows: list[list[int]]) -> dict[str, Tensor]:
+    """The gradient of the mean loss over all rows at once, without the engine."""
+    task = plain_task()
+    terms = task.module(collate(rows))
+    (terms.total / terms.count).backward()
+    return {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
+def test_accumulation_does_not_change_the_gradient(accumulation: int, tmp_path: Path) -> None:
+    task = plain_task()
+    seen = gradients_seen(task)
+    sizes = {"batch_size": 8 // accumulation, "accumulation_steps": accumulation}
+    train(task, tmp_path, max_steps=1, max_grad_norm=None, **sizes)
+    rows = plain_task().rows.take(8)
+    torch.testing.assert_close(seen[0], plain_gradient(rows))
+
+
+def test_a_micro_batch_that_does_not_divide_the_batch_changes_nothing(tmp_path: Path) -> None:
+    task = plain_task(most=2)
+    seen = gradients_seen(task)
+    train(task, tmp_path, max_steps=1, max_grad_norm=None, batch_size=7)
+    torch.testing.assert_close(seen[0], plain_gradient(plain_task().rows.take(7)))
+
+
+def test_the_gradient_is_clipped_to_the_global_norm(tmp_path: Path) -> None:
+    task = plain_task()
+    seen = gradients_seen(task)
+    listen = JsonlWriter(tmp_path / "metrics.jsonl")
+    train(task, tmp_path, max_steps=1, max_grad_norm=0.5, batch_size=4, listen=listen)
+    expected = plain_gradient(plain_task().rows.take(4))
+    parameters = [nn.Parameter(torch.zeros_like(g)) for g in expected.values()]
+    for parameter, gradient in zip(parameters, expected.values(), strict=True):
+        parameter.grad = gradient
+    norm = nn.utils.clip_grad_norm_(parameters, 0.5)
+    torch.testing.assert_close(seen[0], expected)
+    assert events_of(tmp_path, "step_done")[0]["grad_norm"] == pytest.approx(norm.item())
+
+
+def test_the_penalty_is_added_once_whatever_the_accumulation(tmp_path: Path) -> None:
+    task = plain_task()
+    task.penalty = lambda: 0.5 * (task.model.get_parameter("norm.weight") ** 2).sum()
+    seen = gradients_seen(task)
+    train(task, tmp_path, max_steps=1, max_grad_norm=None, accumulation_steps=4)
+    plain = plain_gradient(plain_task().rows.take(8))["norm.weight"]
+    torch.testing.assert_close(seen[0]["norm.weight"], plain + torch.ones_like(plain))
+
+
+def test_frozen_parameters_get_no_gradient_and_stay(tmp_path: Path) -> None:
+    task = plain_task()
+    for name, parameter in task.model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    task.trainable = {"head.weight": task.trainable["head.weight"]}
+    before = weights(task)
+    seen = gradients_seen(task)
+    train(task, tmp_path, max_steps=3)
+    after = weights(task)
+    assert seen[-1].keys() == {"head.weight"}
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {"head.weight"}
+
+
+def test_reported_loss_and_metrics_are_means_over_the_effective_batch(tmp_path: Path) -> None:
+    listen = JsonlWriter(tmp_path / "metrics.jsonl")
+    train(plain_task(), tmp_path, max_steps=1, accumulation_steps=4, listen=listen)
+    task = plain_task()
+    rows = task.rows.take(8)
+    terms = task.module(collate(rows))
+    event = events_of(tmp_path, "step_done")[0]
+    assert event["loss"] == pytest.approx(terms.total.item() / terms.count)
+    assert event["metrics"]["accuracy"] == pytest.approx(
+        terms.metrics["accuracy"].item() / terms.count
+    )
+    assert event["supervised_tokens"] == sum(len(row) - 1 for row in rows)
+    assert event["tokens"] == sum(map(len, rows))
+
+
+class Spoiled(NextNumber):
+    """Gives a loss of `value` in the calls that are named."""
+
+    def __init__(self, model: nn.Module, calls: set[int], value: float) -> None:
+        super().__init__(model)
+        self.calls, self.value, self.called = calls, value, 0
+
+    def forward(self, batch: Batch) -> LossTerms:
+        terms = super().forward(batch)
+        self.called += 1
+        factor = self.value if self.called in self.calls else 1.0
+        return LossTerms(terms.total * factor, terms.count, terms.metrics)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_no_weight(value: float, tmp_path: Path) -> None:
+    task = plain_task()
+    task.module = Spoiled(task.model, {1, 2}, value)
+    before = weights(task)
+    listen = JsonlWriter(tmp_path / "metrics.jsonl")
+    outcome = train(task, tmp_path, max_steps=2, listen=listen)
+    torch.testing.assert_close(weights(task), before, rtol=0, atol=0)
+    assert outcome.skipped_steps == 2
+    assert [event["skipped"] for event in events_of(tmp_path, "step_done")] == [True, True]
+
+
+def test_training_goes_on_after_skipped_steps_that_are_not_three_in_a_row(tmp_path: Path) -> None:
+    task = plain_task()
+    task.module = Spoiled(task.model, {1, 2, 4, 5}, float("nan"))
+    outcome = train(task, tmp_path, max_steps=7)
+    assert (outcome.steps, outcome.skipped_steps) == (7, 4)
+
+
+def test_three_steps_in_a_row_that_are_not_finite_stop_and_name_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    task = plain_task()
+    task.module = Spoiled(task.model, {5, 6, 7}, float("nan"))
+    with pytest.raises(TrainingError, match=r"at step 7.*the last good checkpoint is .*step-0+4;"):
+        train(task, tmp_path, max_steps=9, save_every=4)
+
+
+def test_three_steps_that_are_not_finite_before_any_checkpoint_say_so(tmp_path: Path) -> None:
+    task = plain_task()
+    task.module = Spoiled(task.model, {1, 2, 3}, float("nan"))
+    with pytest.raises(TrainingError, match="at step 3.*there is no checkpoint yet"):
+        train(task, tmp_path)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(tmp_path: Path) -> None:
+    whole, cut = plain_task(), plain_task(most=3)
+    events: list[Event] = []
+    train(whole, tmp_path / "whole", batch_size=8, max_steps=5)
+    train(cut, tmp_path / "cut", batch_size=8, max_steps=5, listen=events.append)
+    # Sums over two rows instead of eight are rounded in another order; Adam carries that on.
+    torch.testing.assert_close(weights(cut), weights(whole), rtol=1e-4, atol=1e-6)
+    halved = [event for event in events if isinstance(event, MicroBatchHalved)]
+    sizes = [(event.step, event.micro_batch, event.accumulation_steps) for event in halved]
+    assert sizes == [(1, 4, 2), (1, 2, 4)]
+
+
+def test_out_of_memory_with_a_single_row_stops_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="single row.*engine.checkpointing"):
+        train(plain_task(most=0), tmp_path)
+
+
+def test_the_smaller_micro_batch_is_kept_when_the_run_resumes(tmp_path: Path) -> None:
+    outcome = train(plain_task(most=2), tmp_path, batch_size=8, max_steps=2)
+    events: list[Event] = []
+    train(
+        plain_task(most=2),
+        tmp_path,
+        batch_size=8,
+        max_steps=4,
+        resume_from=outcome.checkpoint,
+        listen=events.append,
+    )
+    assert not [event for event in events if isinstance(event, MicroBatchHalved)]
+
+
+def test_the_forward_runs_in_the_autocast_dtype(tmp_path: Path) -> None:
+    task = plain_task()
+    dtypes: list[torch.dtype] = []
+    task.model.get_submodule("head").register_forward_hook(
+        lambda module, inputs, output: dtypes.append(output.dtype)
+    )
+    task.autocast_dtype = torch.bfloat16
+    train(task, tmp_path, max_steps=1)
+    assert dtypes == [torch.bfloat16]
+    assert task.model.get_parameter("head.weight").dtype == torch.float32
+
+
+def test_rows_are_taken_in_order_without_gaps(tmp_path: Path) -> None:
+    task = plain_task()
+    seen: list[list[int]] = []
+
+    def collate_and_note(rows: list[list[int]]) -> Batch:
+        seen.extend(rows)
+        return collate(rows)
+
+    task.collate = collate_and_note
+    train(task, tmp_path, max_steps=3, accumulation_steps=2)
+    assert seen == plain_task().rows.take(12)
+    assert sorted(seen[:11]) == sorted(number_rows())

@@ -1,0 +1,243 @@
+"""The attention "tunesmith" against transformers' sdpa, and segments against separate forwards."""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from tiny import VOCAB, tiny_gpt2, tiny_llama
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    Gemma2Config,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    StableLmConfig,
+    T5Config,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from tunesmith.errors import ModelError
+from tunesmith.models.attention import NAME, attention, enable_segments
+
+LENGTHS = (1, 6, 3, 11)
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+both = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+
+
+def tokens(lengths: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randint(3, VOCAB, (1, length)) for length in lengths]
+
+
+def packed(rows: list[Tensor]) -> dict[str, Any]:
+    lengths = [row.shape[1] for row in rows]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return {
+        "input_ids": torch.cat(rows, dim=1),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def enabled(model: PreTrainedModel) -> PreTrainedModel:
+    assert enable_segments(model)
+    return model
+
+
+def small(config: type[PreTrainedConfig], **changes: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config(**SMALL | changes)).eval()
+
+
+@both
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_without_segments_it_is_sdpa_bit_for_bit(
+    make: Callable[[], PreTrainedModel], padding: str
+) -> None:
+    model = make()
+    ids = torch.cat(tokens((8, 8)), dim=0)
+    mask = torch.ones_like(ids)
+    mask[1, {"none": slice(0), "left": slice(3), "right": slice(5, 8)}[padding]] = 0
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    got = enabled(model)(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(got, expected)
+
+
+@both
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_cached_generation_is_that_of_sdpa(
+    make: Callable[[], PreTrainedModel], cache: str
+) -> None:
+    model = make()
+    ids = torch.cat(tokens((8, 8)), dim=0)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "cache_implementation": cache,
+        "disable_compile": True,
+        "eos_token_id": None,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    expected = model.generate(ids, **options)
+    got = enabled(model).generate(ids, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert torch.equal(torch.stack(got.scores), torch.stack(expected.scores))
+
+
+@both
+def test_segments_give_the_logits_of_separate_forwards(
+    make: Callable[[], PreTrainedModel],
+) -> None:
+    model = make()
+    rows = tokens(LENGTHS)
+    expected = torch.cat([model(input_ids=row).logits for row in rows], dim=1)
+    got = enabled(model)(**packed(rows)).logits
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_segments_give_the_gradients_of_separate_forwards(
+    make: Callable[[], PreTrainedModel], *, checkpointing: bool
+) -> None:
+    model = make().train()
+    rows = tokens(LENGTHS)
+    parameters = list(model.parameters())
+    alone = torch.cat([model(input_ids=row).logits for row in rows], dim=1)
+    expected = torch.autograd.grad(alone.square().sum(), parameters)
+    enabled(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    together = model(**packed(rows)).logits
+    got = torch.autograd.grad(together.square().sum(), parameters)
+    # Sums over all tokens in another order; gradients reach 1e2.
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_recomputes_with_the_same_segments() -> None:
+    model = enabled(tiny_llama()).train()
+    batch = packed(tokens(LENGTHS))
+    plain = torch.autograd.grad(model(**batch).logits.sum(), list(model.parameters()))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = torch.autograd.grad(model(**batch).logits.sum(), list(model.parameters()))
+    assert all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
+
+
+def test_no_quadratic_mask_is_built_for_segments() -> None:
+    model = enabled(tiny_llama())
+    seen: list[Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    model(**packed(tokens(LENGTHS)))
+    assert [mask.numel() for mask in seen] == [1]
+
+
+def test_a_sliding_window_acts_inside_each_segment() -> None:
+    model = small(MistralConfig, num_key_value_heads=2, sliding_window=4)
+    rows = tokens((9, 2, 12))
+    expected = torch.cat([model(input_ids=row).logits for row in rows], dim=1)
+    got = enabled(model)(**packed(rows)).logits
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert model.config.sliding_window == 4
+
+
+def test_segments_of_an_encoder_see_both_ways() -> None:
+    model = AutoModel.from_config(BertConfig(**SMALL)).eval()
+    rows = tokens(LENGTHS)
+    expected = torch.cat([model(input_ids=row).last_hidden_state for row in rows], dim=1)
+    got = enabled(model)(**packed(rows)).last_hidden_state
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (BloomConfig, "its own attention path"),
+        (Gemma2Config, "caps its scores"),
+        (StableLmConfig, "does not hand the segments on"),
+        (RobertaConfig, "counts positions from 2"),
+        (T5Config, "two stacks"),
+    ],
+)
+def test_models_that_cannot_are_refused_and_left_alone(
+    config: type[PreTrainedConfig], why: str
+) -> None:
+    sizes = SMALL if config is not T5Config else {"d_model": 32, "num_layers": 1, "d_ff": 64}
+    model = AutoModel.from_config(config(**sizes)).eval()
+    before = model.config._attn_implementation
+    assert not enable_segments(model), why
+    assert model.config._attn_implementation == before
+    assert not model._forward_pre_hooks
+
+
+def test_enabling_twice_adds_one_hook() -> None:
+    model = enabled(enabled(tiny_llama()))
+    assert len(model.model._forward_pre_hooks) == 1
+
+
+def test_enabling_keeps_training_mode_and_the_random_state() -> None:
+    model = tiny_llama().train()
+    state = torch.get_rng_state()
+    enabled(model)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("unsupported", ["softcap", "s_aux"])
+def test_what_sdpa_would_leave_out_is_an_error(unsupported: str) -> None:
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ModelError, match=unsupported):
+        attention(nn.Module(), q, q, q, None, **{unsupported: 1.0})
+
+
+def test_transformers_own_keywords_pass_through_to_sdpa() -> None:
+    module = nn.Module()
+    q, k, v = (torch.randn(1, 2, 3, 4) for _ in range(3))
+    options = {"scaling": 0.3, "is_causal": False, "position_bias": torch.randn(1, 2, 3, 3)}
+    got, _ = attention(module, q, k, v, None, **options)
+    expected, _ = sdpa_attention_forward(module, q, k, v, None, **options)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.zoo
+def test_smollm2_segments_give_the_loss_of_separate_forwards() -> None:
+    from tunesmith.models.loading import load_model
+
+    model, tokenizer = load_model("smollm2-135m-instruct", dtype=torch.float32)
+    texts = ("The capital of France is Paris.", "Two and two", "Snow is white, and coal is black.")
+    rows = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
+    with torch.no_grad():
+        losses = [
+            nn.functional.cross_entropy(model(input_ids=row).logits[0, :-1], row[0, 1:])
+            for row in rows
+        ]
+        logits = enabled(model)(**packed(rows)).logits
+    pieces = zip(torch.split(logits, [row.shape[1] for row in rows], dim=1), rows, strict=True)
+    together = [nn.functional.cross_entropy(x[0, :-1], row[0, 1:]) for x, row in pieces]
+    torch.testing.assert_close(together, losses, rtol=1e-5, atol=1e-5)
+
+
+def test_the_name_is_registered() -> None:
+    assert NAME == "tunesmith"
+    assert tiny_llama(attn_implementation=NAME).config._attn_implementation == NAME

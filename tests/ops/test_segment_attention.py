@@ -1,0 +1,135 @@
+"""Segments against a plain masked softmax in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith.ops.segment_attention import segment_attention, uses_varlen
+
+LENGTHS = (1, 5, 2, 9)
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+
+
+def bounds(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def inputs(lengths: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    shapes = [(1, heads, sum(lengths), HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    causal: bool,
+    window: int | None = None,
+    scaling: float = HEAD_DIM**-0.5,
+) -> Tensor:
+    """One softmax over all tokens, everything outside the own segment masked out."""
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = segment[:, None] == segment[None]
+    distance = torch.arange(len(segment))[:, None] - torch.arange(len(segment))[None]
+    if causal:
+        seen = seen & (distance >= 0)
+    if window is not None:
+        seen = seen & (distance < window)
+    scores = (q @ k.transpose(-1, -2) * scaling).masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (7,), (1, 1, 1), (3, 3, 3)])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (True, 1), (False, None)])
+def test_each_segment_sees_only_itself(
+    lengths: tuple[int, ...], *, causal: bool, window: int | None
+) -> None:
+    q, k, v = inputs(lengths)
+    got = segment_attention(q, k, v, bounds(lengths), causal=causal, window=window)
+    expected = plain(q, k, v, lengths, causal=causal, window=window)
+    torch.testing.assert_close(got, expected)
+
+
+def test_gradients_equal_those_of_the_plain_formula() -> None:
+    q, k, v = inputs(LENGTHS)
+    weight = torch.randn(1, HEADS, sum(LENGTHS), HEAD_DIM, dtype=torch.float64)
+    got = segment_attention(q, k, v, bounds(LENGTHS), scaling=0.7)
+    expected = plain(q, k, v, LENGTHS, causal=True, scaling=0.7)
+    torch.testing.assert_close(
+        torch.autograd.grad((got * weight).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weight).sum(), (q, k, v)),
+    )
+
+
+def test_gradcheck() -> None:
+    lengths = (1, 3)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: segment_attention(q, k, v, bounds(lengths)), inputs(lengths)
+    )
+
+
+def test_tokens_of_another_segment_do_not_change_the_result() -> None:
+    q, k, v = (x.detach() for x in inputs(LENGTHS, torch.float32))
+    before = segment_attention(q, k, v, bounds(LENGTHS))
+    for x in (q, k, v):
+        x[:, :, :6] = torch.randn_like(x[:, :, :6])
+    after = segment_attention(q, k, v, bounds(LENGTHS))
+    assert torch.equal(before[:, :, 6:], after[:, :, 6:])
+
+
+def test_non_contiguous_inputs_give_the_same() -> None:
+    q, k, v = inputs(LENGTHS)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    torch.testing.assert_close(
+        segment_attention(*strided, bounds(LENGTHS)), segment_attention(q, k, v, bounds(LENGTHS))
+    )
+
+
+def test_bfloat16_stays_bfloat16_and_close_to_float64() -> None:
+    q, k, v = inputs(LENGTHS)
+    got = segment_attention(*(x.bfloat16() for x in (q, k, v)), bounds(LENGTHS))
+    assert got.dtype == torch.bfloat16
+    expected = plain(q, k, v, LENGTHS, causal=True)
+    # bfloat16 keeps 8 bits, and the inputs themselves were rounded.
+    torch.testing.assert_close(got.double(), expected, rtol=0.05, atol=0.05)
+
+
+def test_dropout_drops_whole_weights_and_scales_up_the_rest() -> None:
+    """The first token of a segment has one weight, 1: it is dropped (0) or doubled (2 v)."""
+    q, k, v = inputs((1,) * 64)
+    got = segment_attention(q, k, v, bounds((1,) * 64), dropout=0.5)
+    doubled = 2 * v.repeat_interleave(HEADS // KV_HEADS, dim=1)
+    kept = (got != 0).all(-1, keepdim=True)
+    assert 0.3 < kept.double().mean() < 0.7
+    torch.testing.assert_close(got, torch.where(kept, doubled, 0))
+
+
+def test_the_cpu_does_not_use_the_variable_length_kernel() -> None:
+    q, _, v = inputs(LENGTHS, torch.bfloat16)
+    assert not uses_varlen(q, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (False, None)])
+def test_the_variable_length_kernel_equals_the_plain_formula(
+    *, causal: bool, window: int | None
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    q, k, v = (x.detach().bfloat16() for x in inputs(LENGTHS))
+    on_gpu = [x.cuda().requires_grad_() for x in (q, k, v)]
+    assert uses_varlen(on_gpu[0], on_gpu[2])
+    got = segment_attention(
+        *on_gpu, bounds(LENGTHS).cuda(), causal=causal, window=window, max_length=max(LENGTHS)
+    )
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = plain(*exact, LENGTHS, causal=causal, window=window)
+    # bfloat16 keeps 8 bits.
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=0.02, atol=0.02)
+    gradients = torch.autograd.grad(got.float().square().sum(), on_gpu)
+    references = torch.autograd.grad(expected.square().sum(), exact)
+    for gradient, reference in zip(gradients, references, strict=True):
+        torch.testing.assert_close(gradient.cpu().double(), reference, rtol=0.05, atol=0.1)
