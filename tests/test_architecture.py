@@ -40,6 +40,13 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def body_start(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The first line after the docstring: a long list of arguments is no long function."""
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return (first.end_lineno or 0) + 1 if documented else function.lineno
+
+
 def room(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
@@ -64,7 +71,7 @@ def test_no_function_is_long(path: Path) -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
-    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno}
+    long = {f.name: f.end_lineno - body_start(f) + 1 for f in functions if f.end_lineno}
     assert {name: lines for name, lines in long.items() if lines > 60} == {}
 
 

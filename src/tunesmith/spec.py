@@ -148,7 +148,7 @@ def validate(values: Mapping[str, Any], *, source: str, lines: Mapping[Place, in
         SpecError: a line for every unknown key and wrong value.
     """
     try:
-        return Run.model_validate(dict(values))
+        return Run.model_validate(_with_default_names(values))
     except ValidationError as error:
         problems = [
             f"{_position(source, place, lines)}: {_explain(problem, place, values)}"
@@ -156,6 +156,15 @@ def validate(values: Mapping[str, Any], *, source: str, lines: Mapping[Place, in
             for place in [_place(problem["loc"], values)]
         ]
         raise SpecError("\n".join(problems)) from None
+
+
+def _with_default_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Let `method.rank: 8` alone mean the default method."""
+    named = dict(values)
+    for part, default in (("method", LoRA().name), ("objective", SFT().name)):
+        if isinstance(named.get(part), Mapping):
+            named[part] = {"name": default} | dict(named[part])
+    return named
 
 
 def schema() -> dict[str, Any]:
@@ -196,7 +205,10 @@ def _explain(problem: Any, place: Place, values: Any) -> str:
         return f"{where}: unknown key{near}; known here: {known_list(known)}"
     if kind == "missing":
         return f"{where}: is required"
-    if kind in {"union_tag_invalid", "union_tag_not_found"}:
+    if kind in {"model_attributes_type", "model_type"}:
+        keys = known_list(_known_keys(place, values))
+        return f"{where}: {value!r} must be a mapping with keys among {keys}"
+    if kind == "union_tag_invalid":
         allowed = [tag.strip("'\" ") for tag in problem["ctx"].get("expected_tags", "").split(",")]
         return _unknown_name(where, value, allowed)
     if kind == "literal_error":
@@ -205,11 +217,7 @@ def _explain(problem: Any, place: Place, values: Any) -> str:
 
 
 def _unknown_name(where: str, value: Any, allowed: list[str]) -> str:
-    given = value.get("name") if isinstance(value, Mapping) else value
-    if given is None:
-        return f"{where}.name: is required; use one of {known_list(allowed)}"
-    if not isinstance(value, Mapping):
-        return f"{where}: {value!r} must be a mapping with a name, as in {{name: {allowed[0]}}}"
+    given = value["name"]
     near = _nearest(str(given), allowed)
     return f"{where}.name: {given!r} is unknown{near}; use one of {known_list(allowed)}"
 

@@ -50,9 +50,7 @@ def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], dict[Place, i
     except yaml.YAMLError as error:
         raise SpecError(f"{source}: not valid YAML: {_problem(error)}") from error
     if node is None:
-        raise SpecError(
-            f"{source}: the file is empty; a run file has keys such as data"
-        )
+        raise SpecError(f"{source}: the file is empty; a run file has keys such as data")
     if not isinstance(node, yaml.MappingNode):
         raise SpecError(
             f"{source}:{node.start_mark.line + 1}: expected a mapping with keys such as model, "

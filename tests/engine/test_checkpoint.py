@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_task import plain_task, train
 
+from plain_task import plain_task, train
 from tunesmith.engine.checkpoint import (
     Snapshot,
     checkpoints,
@@ -131,7 +131,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_half_written(small_disk: Path) -> None:
     old = save_snapshot(small_disk, 1, snapshot())
-    with pytest.raises(CheckpointError, match="could not save the checkpoint of step 2.*No space"):
+    with pytest.raises(CheckpointError, match=r"could not save the checkpoint of step 2.*No space"):
         save_snapshot(small_disk, 2, snapshot(300_000))
     assert [path.name for path in old.parent.iterdir()] == ["step-00000001"]
     assert damage(old) is None
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
     outcome = train(plain_task(), tmp_path)
     task = plain_task()
     task.trainable = {"head.weight": task.trainable["head.weight"]}
-    with pytest.raises(CheckpointError, match="holds 'blocks.0.0.bias' with shape"):
+    with pytest.raises(CheckpointError, match=r"holds 'blocks.0.0.bias' with shape"):
         train(task, tmp_path, resume_from=outcome.checkpoint)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from plain_task import events_of, number_rows, plain_task, train, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from plain_task import events_of, number_rows, plain_task, train, weights
 from tunesmith.engine.checkpoint import load_snapshot
 from tunesmith.engine.distribution import Peers
 from tunesmith.engine.evaluation import mean_loss
@@ -24,12 +24,21 @@ TESTS = Path(__file__).parents[1]
 BOTH = pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+NCCL = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    ],
+)
+
+
+@pytest.fixture(scope="module", params=["cpu", NCCL])
+def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left; see two_processes.py."""
     root = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(PROGRAM), str(root)]
+    command += ["--nproc-per-node", "2", str(PROGRAM), str(root), request.param]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plain_task import plain_task, train
 
+from plain_task import plain_task, train
 from tunesmith.engine import random_state
 from tunesmith.engine.distribution import Peers, connect
 from tunesmith.engine.memory import peak_memory
@@ -32,7 +32,7 @@ def test_one_process_needs_no_group() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(SetupError, match="engine.device: 'cuda' is not available here; use auto"):
+    with pytest.raises(SetupError, match=r"engine.device: 'cuda' is not available here; use auto"):
         connect(EngineSettings(device="cuda"))
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_task import collate, number_rows, plain_task, train
 from torch.nn import functional as F
 
+from plain_task import collate, number_rows, plain_task, train
 from tunesmith.engine.distribution import Peers
 from tunesmith.engine.evaluation import mean_loss, measuring
 from tunesmith.engine.events import Evaluated, Event
@@ -77,7 +77,7 @@ def test_rows_without_a_supervised_token_have_no_mean() -> None:
 
 
 def test_no_rows_have_no_mean() -> None:
-    with pytest.raises(DataError, match="data.evaluation"):
+    with pytest.raises(DataError, match=r"data.evaluation"):
         mean_loss(plain_task().module, [], collate, batch_size=4, peers=ALONE)
 
 
@@ -120,5 +120,5 @@ def test_early_stopping_ends_after_so_many_evaluations_without_improvement(tmp_p
 
 
 def test_a_metric_that_is_not_measured_cannot_decide(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="evaluation.best: 'bleu' is not measured; use one of loss"):
+    with pytest.raises(SpecError, match=r"evaluation.best: 'bleu' is not measured; use one"):
         evaluations(tmp_path, [0.0], best="bleu")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_task import plain_task, train, weights
 from torch import nn
 
+from plain_task import plain_task, train, weights
 from tunesmith.engine.optimizer import build_optimizer, load_state_by_name, state_by_name
 from tunesmith.engine.settings import TrainSettings
 from tunesmith.errors import CheckpointError, SetupError

@@ -1,13 +1,13 @@
-"""One optimiser step: the right gradient, however it is cut, and what happens when it goes wrong."""
+"""One optimiser step: the right gradient, however it is cut, and what happens if it fails."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain_task import NextNumber, collate, events_of, number_rows, plain_task, train, weights
 from torch import Tensor, nn
 
+from plain_task import NextNumber, collate, events_of, number_rows, plain_task, train, weights
 from tunesmith.engine.events import Event, MicroBatchHalved
 from tunesmith.engine.listeners import JsonlWriter
 from tunesmith.engine.task import Task
@@ -149,7 +149,7 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_and_name_the_checkpoint(
 def test_three_steps_that_are_not_finite_before_any_checkpoint_say_so(tmp_path: Path) -> None:
     task = plain_task()
     task.module = Spoiled(task.model, {1, 2, 3}, float("nan"))
-    with pytest.raises(TrainingError, match="at step 3.*there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match=r"at step 3.*there is no checkpoint yet"):
         train(task, tmp_path)
 
 
@@ -166,7 +166,7 @@ def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(tmp_path: Path
 
 
 def test_out_of_memory_with_a_single_row_stops_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="single row.*engine.checkpointing"):
+    with pytest.raises(TrainingError, match=r"single row.*engine.checkpointing"):
         train(plain_task(most=0), tmp_path)
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from plain_task import plain_task, train
 
+from plain_task import plain_task, train
 from tunesmith.engine.settings import TrackingSettings
 from tunesmith.engine.trackers import Trackers
 from tunesmith.errors import SetupError

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from plain_task import count, plain_task, train, weights
 from safetensors.torch import save_file
 from torch import Tensor
 
+from plain_task import count, plain_task, train, weights
 from tunesmith.engine.distribution import Peers, connect
 from tunesmith.engine.evaluation import mean_loss
 from tunesmith.engine.events import Event, StepDone
@@ -21,19 +21,19 @@ from tunesmith.errors import CheckpointError, TrainingError
 from tunesmith.types import LossTerms
 
 
-def main(root: Path) -> None:
+def main(root: Path, device: Any) -> None:
     for distribution in ("ddp", "fsdp"):
-        engine = EngineSettings(device="cpu", distribution=distribution)
+        engine = EngineSettings(device=device, distribution=distribution)
         peers = connect(engine)
         whole_run(root / distribution, engine, peers)
         resumed_run(root / distribution, engine, peers)
-    engine = EngineSettings(device="cpu")
+    engine = EngineSettings(device=device)
     peers = connect(engine)
     small_memory_on_one(root / "memory", engine, peers)
     not_finite_on_one(root / "finite", engine, peers)
     signalled_on_one(root / "signal", engine, peers)
     full_disk(root / "disk", engine, peers)
-    small_memory_in_a_shard(root / "shard", peers)
+    small_memory_in_a_shard(root / "shard", device, peers)
 
 
 def keep(task: Task[Any], root: Path, peers: Peers) -> None:
@@ -115,10 +115,10 @@ def full_disk(root: Path, engine: EngineSettings, peers: Peers) -> None:
         (root / f"error-{peers.rank}").write_text(str(error))
 
 
-def small_memory_in_a_shard(root: Path, peers: Peers) -> None:
+def small_memory_in_a_shard(root: Path, device: Any, peers: Peers) -> None:
     """Comes last: the process that ran out of memory leaves the other one waiting."""
     root.mkdir(exist_ok=True)
-    engine = EngineSettings(device="cpu", distribution="fsdp")
+    engine = EngineSettings(device=device, distribution="fsdp")
     task = plain_task(most=2 if peers.rank == 1 else None)
     try:
         train(task, root, engine=engine, peers=peers, batch_size=4)
@@ -128,4 +128,4 @@ def small_memory_in_a_shard(root: Path, peers: Peers) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -15,7 +15,7 @@ def test_the_peak_rises_with_what_is_held_and_stays_when_it_is_freed() -> None:
     during = memory.peak_device_bytes(held.device)
     del held
     assert during > before
-    assert memory.peak_process_bytes() >= during
+    assert memory.peak_process_bytes() > before
 
 
 def test_without_proc_the_peak_comes_from_getrusage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tiny import tiny_gpt2, tiny_llama
 from tunesmith.methods import LoRA
 from tunesmith.methods.tuned import TunedModel, attach
 

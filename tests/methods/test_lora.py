@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tiny import tiny_gpt2, tiny_llama
 from tunesmith.errors import MethodError, TunesmithError
 from tunesmith.methods import LoRA
 from tunesmith.methods.low_rank import LowRank, Place
@@ -109,12 +109,12 @@ def test_merged_lora_refuses_to_be_switched_or_merged_again(trained: Trained) ->
     with pytest.raises(MethodError, match="unmerge"), tuned.disabled():
         pass
     with pytest.raises(MethodError, match="unmerge"):
-        tuned.merge()
+        tuned.attachments[0].merge()
 
 
 def test_unmerging_what_is_not_merged_is_refused() -> None:
-    with pytest.raises(MethodError, match="not merged"):
-        attach(tiny_llama(), LoRA(rank=4)).unmerge()
+    with pytest.raises(MethodError, match="LoRA is not merged"):
+        attach(tiny_llama(), LoRA(rank=4)).attachments[0].unmerge()
 
 
 def test_detaching_leaves_the_plain_base(
@@ -281,7 +281,8 @@ def test_a_starts_random_and_b_at_zero(init: str, deviation: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}, {"init": "zeros"}, {"r": 4}]
+    "wrong",
+    [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}, {"init": "zeros"}, {"targets": []}, {"r": 4}],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -9,10 +9,10 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tiny import tiny_gpt2, tiny_llama
 from tunesmith.errors import AdapterError
 from tunesmith.methods import LoRA
 from tunesmith.methods.storage import load_adapter

@@ -3,8 +3,8 @@
 import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from tiny import tiny_llama
 
+from tiny import tiny_llama
 from tunesmith.methods.peft_format import PeftLora
 from tunesmith.methods.peft_targets import by_pattern, short_names, targeted
 

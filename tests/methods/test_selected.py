@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tiny import tiny_gpt2, tiny_llama
 from tunesmith.errors import MethodError
 from tunesmith.methods import Full, LastLayer
 from tunesmith.methods.contract import Method
@@ -206,4 +206,4 @@ def test_loading_into_switched_off_weights_is_refused() -> None:
 
 def test_unmerging_what_is_not_merged_is_refused() -> None:
     with pytest.raises(MethodError, match="nothing is merged"):
-        attach(tiny_llama(), Full()).unmerge()
+        attach(tiny_llama(), Full()).attachments[0].unmerge()

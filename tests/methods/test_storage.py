@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tiny import tiny_gpt2, tiny_llama
 from tunesmith.errors import AdapterError, CheckpointError, TunesmithError
 from tunesmith.methods import Full, LastLayer, LoRA
 from tunesmith.methods.contract import Method
@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_the_old_adapter_intact(
 ) -> None:
     before = contents(tmp_path)
     tuned = attach(named("tiny"), method)
-    with disk_full_after(size), pytest.raises(CheckpointError, match="cannot write .*a: "):
+    with disk_full_after(size), pytest.raises(CheckpointError, match=r"cannot write .*a: "):
         tuned.save(saved)
     assert contents(tmp_path) == before
 

@@ -1,14 +1,15 @@
 """Attaching, composing, switching, counting."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tunesmith.errors import AdapterError, MethodError
 from tunesmith.methods import Full, LastLayer, LoRA
 from tunesmith.methods.contract import Method
@@ -125,16 +126,17 @@ def test_an_unknown_adapter_cannot_be_switched() -> None:
         tuned.enable(False, "x")
 
 
-def test_a_method_that_cannot_merge_leaves_none_merged(input_ids: Tensor, trained: Trained) -> None:
+def test_a_method_that_cannot_merge_leaves_none_merged(trained: Trained) -> None:
     model = tiny_llama()
-    tuned = trained(attach(model, LoRA(rank=2)))
+    tuned = trained(attach(model, LoRA(rank=2, targets=["attention.q"])))
     attach(tuned, LoRA(rank=2, targets=["mlp.down"]), name="b")
-    before = model(input_ids).logits
-    tuned.attachments[1].merge()
-    with pytest.raises(MethodError, match="already|merged"):
+    quantised = nn.Parameter(torch.zeros(32, 48, dtype=torch.uint8), requires_grad=False)
+    model.model.layers[1].mlp.down_proj.weight = quantised
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(MethodError, match=r"layers\.1\.mlp\.down_proj is quantised"):
         tuned.merge()
-    tuned.attachments[1].unmerge()
-    assert torch.equal(model(input_ids).logits, before)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert [attachment.enabled for attachment in tuned.attachments] == [True, True]
 
 
 def test_loading_a_state_that_does_not_fit_changes_nothing() -> None:
@@ -182,3 +184,57 @@ def test_an_exported_model_keeps_the_bases_dtype(trained: Trained, tmp_path: Pat
     trained(attach(tiny_gpt2().bfloat16(), Full())).export_model(tmp_path / "m")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_switched_off_is_not_merged(
+    model: PreTrainedModel, input_ids: Tensor, trained: Trained
+) -> None:
+    tuned = trained(attach(attach(model, LoRA(rank=2), name="a"), LoRA(rank=2), name="b"))
+    tuned.enable(False, "b")
+    only_a = model(input_ids).logits
+    with tuned.merged():
+        torch.testing.assert_close(model(input_ids).logits, only_a, atol=1e-5, rtol=0)
+    assert torch.equal(model(input_ids).logits, only_a)
+    assert [attachment.enabled for attachment in tuned.attachments] == [True, False]
+
+
+def test_merging_twice_and_attaching_to_merged_weights_are_refused(trained: Trained) -> None:
+    tuned = trained(attach(tiny_llama(), LoRA(rank=2)))
+    tuned.merge()
+    with pytest.raises(MethodError, match="merged already"):
+        tuned.merge()
+    with pytest.raises(MethodError, match=r"unmerge\(\) before attaching"):
+        attach(tuned, LoRA(rank=2), name="b")
+    tuned.unmerge()
+    with pytest.raises(MethodError, match="nothing is merged"):
+        tuned.unmerge()
+
+
+def test_a_merged_model_exports_and_stays_merged(
+    input_ids: Tensor, trained: Trained, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    tuned = trained(attach(model, LoRA(rank=2)))
+    tuned.merge()
+    merged = model(input_ids).logits
+    tuned.export_model(tmp_path / "m", tiny_tokenizer())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert torch.equal(loaded(input_ids).logits, merged)
+    assert torch.equal(model(input_ids).logits, merged)
+    assert (tmp_path / "m" / "tokenizer.json").exists()
+
+
+def test_attaching_nothing_is_refused() -> None:
+    with pytest.raises(MethodError, match="needs a method"):
+        attach(tiny_llama())
+
+
+def test_a_copy_of_a_tuned_model_computes_with_its_own_adapter(
+    model: PreTrainedModel, input_ids: Tensor, trained: Trained
+) -> None:
+    tuned = trained(attach(model, LoRA(rank=2)))
+    logits = model(input_ids).logits
+    copy = deepcopy(model)
+    for parameter in tuned.trainable().values():
+        nn.init.zeros_(parameter)
+    assert torch.equal(copy(input_ids).logits, logits)

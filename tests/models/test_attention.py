@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -23,6 +22,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tiny import VOCAB, tiny_gpt2, tiny_llama
 from tunesmith.errors import ModelError
 from tunesmith.models.attention import NAME, attention, enable_segments
 
@@ -81,9 +81,7 @@ def test_without_segments_it_is_sdpa_bit_for_bit(
 
 @both
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_cached_generation_is_that_of_sdpa(
-    make: Callable[[], PreTrainedModel], cache: str
-) -> None:
+def test_cached_generation_is_that_of_sdpa(make: Callable[[], PreTrainedModel], cache: str) -> None:
     model = make()
     ids = torch.cat(tokens((8, 8)), dim=0)
     mask = torch.ones_like(ids)

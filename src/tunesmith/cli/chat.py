@@ -19,6 +19,7 @@ WHO = {"tuned": ("tuned",), "base": ("base",), "both": ("base", "tuned")}
 
 def chat(
     run_directory: Annotated[str, typer.Argument(help="Run directory, as in runs/demo.")],
+    *,
     system: Annotated[str | None, typer.Option(help="System turn.")] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 512,
@@ -28,7 +29,8 @@ def chat(
     from tunesmith.jobs.result import load_run
 
     loaded = load_run(run_directory)
-    print(f"{loaded.run.name}: {loaded.run.method.name} on {loaded.run.model.name}. /help lists commands.")
+    run = loaded.run
+    print(f"{run.name}: {run.method.name} on {run.model.name}. /help lists commands.")
     talk(loaded, system=system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 

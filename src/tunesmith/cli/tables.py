@@ -39,9 +39,7 @@ def zoo_table(entries: Sequence[ZooStatus]) -> Table:
     table = Table("name", "kind", "cached", "size", "what it is")
     for entry in entries:
         size = megabytes(entry.bytes_on_disk if entry.cached else entry.bytes_to_download)
-        table.add_row(
-            entry.name, entry.kind, "yes" if entry.cached else "no", size, entry.about
-        )
+        table.add_row(entry.name, entry.kind, "yes" if entry.cached else "no", size, entry.about)
     return table
 
 

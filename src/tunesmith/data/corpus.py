@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,7 @@ class Corpus:
         """Tokens of each sample, (samples,) int64."""
         return np.minimum(self.uncut_lengths, self.max_length)
 
-    def column(self, name: str) -> NDArray[np.int64]:
+    def column(self, name: str) -> NDArray[Any]:
         """Return a column of the tables for the samples, (samples,)."""
         pairs = zip(self.tables, self.chosen, strict=True)
         return np.concatenate([table.column(name)[rows] for table, rows in pairs])

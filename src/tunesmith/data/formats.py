@@ -212,7 +212,7 @@ def fill(template: str, values: Values) -> str:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise DataError(
-            f"the template {template!r} is malformed ({error}); `{{{{` is a brace"
+            f"the template {template!r} is malformed ({error}); write a brace as `{{{{`"
         ) from None
     for literal, column, _, _ in parsed:
         pieces.append(literal)

@@ -112,11 +112,14 @@ class TokenTable:
     """The rows of one source, uncut, in the order of the source."""
 
     directory: Path
+    name: str | None = None
+    """What the source is called now; a table in the cache may have been made under another name."""
 
     @cached_property
     def reading(self) -> Reading:
         """What reading the source met with."""
-        return Reading(**json.loads((self.directory / "reading.json").read_text("utf-8")))
+        saved = json.loads((self.directory / "reading.json").read_text("utf-8"))
+        return Reading(**saved | ({"name": self.name} if self.name else {}))
 
     @cached_property
     def tokens(self) -> NDArray[np.int32]:

@@ -121,7 +121,7 @@ def tokenised(
             _make(job, target, workers or _cores(), progress)
         else:
             logger.info("tokens of %s come from the cache %s", job.located.name, target)
-    table = TokenTable(target)
+    table = TokenTable(target, job.located.name)
     _tell(progress, job, table.reading.rows, finished=True)
     return table
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from tunesmith.data.prepare import PreparedData
     from tunesmith.engine.distribution import Peers
+    from tunesmith.jobs.result import LoadedRun
     from tunesmith.models.chat import TokenizerFacts
     from tunesmith.objectives import ObjectiveUnion
     from tunesmith.spec import Run

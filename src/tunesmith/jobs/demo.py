@@ -10,7 +10,7 @@ from rich.table import Table
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.engine.settings import EvaluationSettings, TrainSettings
 from tunesmith.jobs.train import Result, train
-from tunesmith.measure.intervals import wilson
+from tunesmith.measure.intervals import wilson_interval
 from tunesmith.methods import LoRA
 from tunesmith.models.settings import ModelSettings
 from tunesmith.spec import Run
@@ -74,7 +74,7 @@ def show(result: Result) -> None:
 def _accuracy(when: str, metrics: JSON) -> str:
     assert isinstance(metrics, dict)  # noqa: S101
     accuracy = float(str(metrics["accuracy"]))
-    low, high = wilson(round(accuracy * HELD_OUT), HELD_OUT)
+    low, high = wilson_interval(round(accuracy * HELD_OUT), HELD_OUT)
     return (
         f"{when:>6}: {accuracy:.1%} of {HELD_OUT} held-out sentences right "
         f"(95 % interval {low:.1%} to {high:.1%})"

@@ -148,5 +148,3 @@ def _step(model: PreTrainedModel) -> str:
     if not then < first:
         raise RuntimeError(f"the loss did not fall: {first:.4f}, then {then:.4f}")
     return f"loss {first:.4f}, then {then:.4f}, in {seconds:.2f} s on {model.device}"
-
-

@@ -78,7 +78,7 @@ def environment(seed: int) -> dict[str, JSON]:
         "hardware": hardware(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "code_revision": _code_revision(),
-        "command": list[JSON](sys.argv),
+        "command": [*sys.argv],
     }
 
 

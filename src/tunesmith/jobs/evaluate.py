@@ -59,9 +59,7 @@ def _prepare(loaded: LoadedRun, data: str | None) -> PreparedData:
         settings = _pointed_at(settings, data)
     prepared = prepare(settings, loaded.tokenizer, seed=seed, cache=cache_dir() / "tokens")
     if not prepared.evaluation:
-        raise DataError(
-            "data.evaluation: the run has no evaluation rows; name a file with --data"
-        )
+        raise DataError("data.evaluation: the run has no evaluation rows; name a file with --data")
     return prepared
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tunesmith.data.prepare import prepare
 from tunesmith.data.preview import preview as preview_rows
-from tunesmith.models.chat import prepare_tokenizer
 from tunesmith.models.loading import load_tokenizer
 from tunesmith.models.zoo import cache_dir
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 def preview(run: Run, *, rows: int) -> Preview:
     """Return the first `rows` training rows as spans of text, and what all rows are like."""
-    run = run.resolved()
     tokenizer = load_tokenizer(run.model)
-    prepare_tokenizer(tokenizer, run.model)
-    return preview_rows(
-        run.data, tokenizer, seed=run.seed, cache=cache_dir() / "tokens", count=rows
-    )
+    prepared = prepare(run.data, tokenizer, seed=run.seed, cache=cache_dir() / "tokens")
+    return preview_rows(prepared, tokenizer, rows=rows)

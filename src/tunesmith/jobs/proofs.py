@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 
 from tunesmith.engine.evaluation import measuring
 from tunesmith.errors import ProofError
+from tunesmith.measure.parity import logit_parity
 from tunesmith.types import Proof
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from tunesmith.jobs.assemble import Assembled
     from tunesmith.jobs.run_directory import RunDirectory
     from tunesmith.methods.tuned import TunedModel
-    from tunesmith.types import RowStream
 
 ROWS = 8
 """Rows that the proofs before the first step look at."""
@@ -34,7 +35,7 @@ def prove_start(assembled: Assembled, peers: Peers) -> list[Proof]:
     Raises:
         ProofError: something does not hold; its message says what to do.
     """
-    rows = _first_rows(assembled.data.train)
+    rows = assembled.data.train.peek(ROWS)
     return require(
         [
             trains(assembled.tuned),
@@ -64,14 +65,6 @@ def told(proof: Proof) -> str:
     return f"{'ok' if proof.passed else 'FAILED'}  {proof.name}: {proof.detail}"
 
 
-def _first_rows(stream: RowStream[TokenRow]) -> list[TokenRow]:
-    """Return the rows that training will start with, without taking them."""
-    before = stream.state_dict()
-    rows = stream.take(ROWS)
-    stream.load_state_dict(before)
-    return rows
-
-
 def require(proofs: Sequence[Proof]) -> list[Proof]:
     """Return `proofs` if all of them hold.
 
@@ -94,7 +87,7 @@ def trains(tuned: TunedModel) -> Proof:
     return Proof(
         "parameters that train",
         bool(counts.trainable) and wanted == set(tuned.trainable()),
-        f"{counts.trainable:,} beside or of {counts.base:,} ({share:.2%}): {kinds}"
+        f"{counts.trainable:,} ({share:.2%} of the base model's {counts.base:,}): {kinds}"
         + (", ..." if len(counts.by_kind) > len(largest) else ""),
     )
 
@@ -211,11 +204,9 @@ def merged_agrees(tuned: TunedModel, ids: torch.Tensor, *, tolerance: float) -> 
         ids: (batch, length) int64 tokens to compare on.
         tolerance: largest absolute difference allowed, relative to the largest logit.
     """
-    with measuring(tuned.model):
-        beside = tuned.model(ids).logits.float()
-        with tuned.merged() as model:
-            within = model(ids).logits.float()
-    difference = (beside - within).abs().max().item()
-    allowed = tolerance * max(1.0, beside.abs().max().item())
-    detail = f"largest difference of logits {difference:.2e}, allowed {allowed:.2e}"
-    return Proof("merged equals unmerged", difference <= allowed, detail)
+    parity = logit_parity(tuned.model, ids, nullcontext(), tuned.merged())
+    detail = (
+        f"largest difference of logits {parity.difference:.2e} where the largest logit is "
+        f"{parity.largest:.1f} (allowed: {tolerance:g} of it)"
+    )
+    return Proof("merged equals unmerged", parity.within(tolerance), detail)

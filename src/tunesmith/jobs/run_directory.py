@@ -146,9 +146,7 @@ def clear(directory: RunDirectory) -> None:
         shutil.rmtree(directory.path)
 
 
-def open_finished(
-    path: str | Path, overrides: Sequence[str] = ()
-) -> tuple[RunDirectory, Run]:
+def open_finished(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunDirectory, Run]:
     """Return an existing run directory and its spec, with overrides applied.
 
     Raises:

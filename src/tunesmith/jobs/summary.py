@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def summarise(
     assembled: Assembled,
     outcome: Outcome,
+    *,
     after: Mapping[str, float],
     proofs: Sequence[Proof],
     directory: RunDirectory,

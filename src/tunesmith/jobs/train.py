@@ -87,7 +87,7 @@ def train(
     if outcome.stopped_because == "interrupted":
         say(f"interrupted; go on with: tunesmith train {directory.spec} --resume")
         return Result(assembled.tuned, assembled.tokenizer, directory, outcome, {})
-    return _finish(assembled, peers, recorder, outcome, proofs, say)
+    return _finish(assembled, peers, recorder, outcome, proofs=proofs, say=say)
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _teller(peers: Peers) -> Say:
 
     def say(line: str) -> None:
         if peers.is_main:
-            terminal.print(line, markup=False, highlight=False)
+            terminal.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return say
 
@@ -209,6 +209,7 @@ def _finish(
     peers: Peers,
     recorder: Recorder,
     outcome: Outcome,
+    *,
     proofs: list[Proof],
     say: Say,
 ) -> Result:
@@ -225,7 +226,9 @@ def _finish(
         saved = prove_saved(assembled, directory)
         _tell_proofs(saved, say)
         recorder.write_after()
-        summary = summarise(assembled, outcome, after, [*proofs, *saved], directory)
+        summary = summarise(
+            assembled, outcome, after=after, proofs=[*proofs, *saved], directory=directory
+        )
         write_json(directory.summary, summary)
         write_report(directory.path)
         say(f"report: {directory.report}")

@@ -15,6 +15,8 @@ _NO_SPACES: Final = (
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"  # Han
 )
 _WORD: Final = re.compile(rf"[{_NO_SPACES}]|[^\W_{_NO_SPACES}]+")
+_ENDS: Final = " .,;:!?\"'`()[]\u3001\u3002\u300c\u300d\u2018\u2019\u201c\u201d\u00ab\u00bb"
+"""Punctuation around an answer; no minus, percent or currency sign, which belong to it."""
 _HAN: Final = re.compile(rf"[{_NO_SPACES}]")
 
 
@@ -81,18 +83,8 @@ def exact_match(replies: Sequence[str], references: Sequence[Sequence[str]]) -> 
 def normalised(text: str) -> str:
     """Return `text` in lower case and NFKC, single spaces, no punctuation at its ends."""
     words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    start, end = 0, len(words)
-    while start < end and _is_trimming(words[start]):
-        start += 1
-    while end > start and _is_trimming(words[end - 1]):
-        end -= 1
     # A reply that is punctuation alone ("?") is still a reply.
-    return words[start:end] or words
-
-
-def _is_trimming(character: str) -> bool:
-    # Only punctuation: a minus, currency or other symbol at the end is part of the answer.
-    return character.isspace() or unicodedata.category(character) in {"Po", "Ps", "Pe", "Pi", "Pf"}
+    return words.strip(_ENDS) or words
 
 
 class _Words:

@@ -62,6 +62,33 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if not k.startswith(children)}
 
 
+def require_plain(model: nn.Module) -> None:
+    """Check that no method has hung anything in `model`.
+
+    Raises:
+        MethodError: one has.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, Child):
+            raise MethodError(
+                f"the model has an adapter already ({path}); give attach the tuned model to add one"
+            )
+
+
+def require_uncompiled(model: nn.Module) -> None:
+    """Check that neither `model` nor a part of it is compiled.
+
+    Raises:
+        MethodError: it is.
+    """
+    for path, module in model.named_modules():
+        if module._compiled_call_impl is not None or path == "_orig_mod":
+            raise MethodError(
+                f"{path or 'the model'} is compiled, and compiled code does not see new hooks; "
+                "attach first and compile then"
+            )
+
+
 def require_free(model: nn.Module, path: str, attribute: str, name: str) -> None:
     """Check that no child hangs under the module at `path` as `attribute`.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import MethodError
@@ -39,7 +40,7 @@ class LoRA(Method):
     same scale at the default rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an element of the update's input while training."""
-    targets: list[str] | Literal["all"] = "all"
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all"] = "all"
     """Sites to adapt, such as [attention.q, attention.v]; all is every linear map in the blocks,
     without head and embedding."""
     rslora: bool = False
@@ -169,25 +170,25 @@ class LoraAttachment(ChildAttachment):
             MethodError: merged already, or a weight is quantised.
         """
         for path in self.pairs:
-            _require_floating(path, self.model.get_parameter(f"{path}.weight"))
+            _require_mergeable(path, self.model.get_parameter(f"{path}.weight"))
         self._on_before_merge = self.enabled
         self.enable(False)
-        self._originals = {}
+        originals = {}
         with torch.no_grad():
-            for path, pair in self.pairs.items():
-                stored_transposed = isinstance(self.model.get_submodule(path), Conv1D)
-                delta = pair.delta().T if stored_transposed else pair.delta()
-                name = f"{path}.weight"
-                self._replace(name, self.model.get_parameter(name).float() + delta)
-            for path, bias in self.biases.items():
-                self._replace(f"{path}.bias", bias.value)
+            for name, value in self._merged_values():
+                parameter = self.model.get_parameter(name)
+                originals[name] = parameter.to("cpu", copy=True)
+                parameter.copy_(value)
+        self._originals = originals
 
-    def _replace(self, name: str, value: Tensor) -> None:
-        """Put `value` into the base parameter `name` and keep what was there."""
-        parameter = self.model.get_parameter(name)
-        if self._originals is not None:
-            self._originals[name] = parameter.detach().to("cpu", copy=True)
-        parameter.copy_(value)
+    def _merged_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each base parameter's name, and its value with this adapter in it."""
+        for path, pair in self.pairs.items():
+            stored_transposed = isinstance(self.model.get_submodule(path), Conv1D)
+            delta = pair.delta().T if stored_transposed else pair.delta()
+            yield f"{path}.weight", self.model.get_parameter(f"{path}.weight").float() + delta
+        for path, bias in self.biases.items():
+            yield f"{path}.bias", bias.value
 
     def unmerge(self) -> None:
         """Put the original weights back, bit for bit, and switch on again what was on.
@@ -227,8 +228,13 @@ class LoraAttachment(ChildAttachment):
         )
 
 
-def _require_floating(path: str, weight: Tensor) -> None:
+def _require_mergeable(path: str, weight: Tensor) -> None:
     """Raise MethodError where nothing can be added to a weight."""
+    if isinstance(weight, DTensor):
+        raise MethodError(
+            f"the weight of {path} is sharded, so LoRA cannot merge into it; load the saved "
+            "adapter onto an unsharded model to merge"
+        )
     if not weight.is_floating_point():
         raise MethodError(
             f"the weight of {path} is quantised ({weight.dtype}), so LoRA cannot merge into it; "

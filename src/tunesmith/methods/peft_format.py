@@ -100,7 +100,7 @@ def write_lora(
     alpha = _most_common(place.alpha for place in places)
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if model.get_output_embeddings() is not None else None,
         "base_model_name_or_path": model.name_or_path or None,
         "inference_mode": True,
         "r": rank,

@@ -43,9 +43,8 @@ class SelectedParameters(Attachment):
             _require_trainable(name, parameter)
         self._model = model
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-        self._base = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()}
-        if not keep_base:
-            self._base.clear()
+        kept = parameters if keep_base else {}
+        self._base = {name: p.detach().to("cpu", copy=True) for name, p in kept.items()}
         self._aside: dict[str, Tensor] = {}
         """The trained values while others are in their place: switched off, or merged."""
         self._merged = False

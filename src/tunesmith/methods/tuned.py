@@ -18,7 +18,12 @@ from tunesmith.methods.adapter_files import (
     write_adapters,
 )
 from tunesmith.methods.atomic import whole_directory
-from tunesmith.methods.child import Child, base_parameters, base_state_dict
+from tunesmith.methods.child import (
+    base_parameters,
+    base_state_dict,
+    require_plain,
+    require_uncompiled,
+)
 from tunesmith.methods.counts import ParameterCounts, count_parameters
 from tunesmith.methods.tensors import check_against, whole
 from tunesmith.models.sites import find_sites
@@ -43,10 +48,11 @@ class TunedModel:
     """A model and the methods attached to it; made by `attach` or `load_adapter`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        _require_plain(model)
+        require_plain(model)
         self.model = model
         self.sites = find_sites(model)
         self.parts: list[Part] = []
+        self._merged: list[Attachment] = []
         self._required_grad = {n: p.requires_grad for n, p in base_parameters(model).items()}
 
     @property
@@ -56,7 +62,10 @@ class TunedModel:
 
     @property
     def trains_base(self) -> bool:
-        """Whether base parameters train in float32, so that forward passes need autocast."""
+        """Whether base parameters train in float32.
+
+        Beside a base in another dtype, forward passes then need autocast, or `merge` before.
+        """
         return any(attachment.trains_base for attachment in self.attachments)
 
     @property
@@ -69,9 +78,11 @@ class TunedModel:
         """Freeze the base, and detach, should the block fail, what it attached.
 
         Raises:
-            MethodError: the model is compiled.
+            MethodError: the model is compiled, or its methods are merged.
         """
-        _require_uncompiled(self.model)
+        if self._merged:
+            raise MethodError("the methods are merged into the base; unmerge() before attaching")
+        require_uncompiled(self.model)
         before = len(self.parts)
         if not self.parts:
             self.model.requires_grad_(False)
@@ -94,7 +105,8 @@ class TunedModel:
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that trains by name, whole and on the CPU.
 
-        Where parameters are sharded this gathers them, so every process calls it.
+        As with PyTorch's own, parameters on the CPU share their memory with it. Where parameters
+        are sharded this gathers them, so every process calls it.
         """
         return {n: whole(t) for a in self.attachments for n, t in a.state_dict().items()}
 
@@ -134,25 +146,39 @@ class TunedModel:
             yield
 
     def merge(self) -> None:
-        """Fold all methods into the base weights; `unmerge` undoes it.
+        """Fold all methods that are switched on into the base weights; `unmerge` undoes it.
 
         Raises:
-            MethodError: a method cannot merge; then none is merged.
+            MethodError: a method cannot merge, or is merged; then nothing is changed.
         """
+        if self._merged:
+            raise MethodError("the methods are merged already; unmerge() first")
+        acting = [attachment for attachment in self.attachments if attachment.enabled]
         with ExitStack() as undo:
-            for attachment in self.attachments:
+            for attachment in acting:
                 attachment.merge()
                 undo.callback(attachment.unmerge)
             undo.pop_all()
+        self._merged = acting
 
     def unmerge(self) -> None:
-        """Undo `merge`: the base weights are again exactly what they were."""
-        for attachment in reversed(self.attachments):
+        """Undo `merge`: the base weights are again exactly what they were.
+
+        Raises:
+            MethodError: nothing is merged.
+        """
+        if not self._merged:
+            raise MethodError("nothing is merged, so there is nothing to unmerge")
+        for attachment in reversed(self._merged):
             attachment.unmerge()
+        self._merged = []
 
     @contextmanager
     def merged(self) -> Iterator[PreTrainedModel]:
         """Give the model with all methods merged, inside a `with` block."""
+        if self._merged:
+            yield self.model
+            return
         self.merge()
         try:
             yield self.model
@@ -172,6 +198,7 @@ class TunedModel:
                 parameter.grad = None
             part.attachment.detach()
         del self.parts[first:]
+        self._merged.clear()
         if not self.parts:
             for name, required in self._required_grad.items():
                 self.model.get_parameter(name).requires_grad_(required)
@@ -274,6 +301,8 @@ def attach(
     Raises:
         MethodError: a method cannot work on this model; the model is then as it was before.
     """
+    if not methods:
+        raise MethodError("attach needs a method, such as LoRA()")
     if not name.isidentifier():
         raise MethodError(f"{name!r} cannot name an adapter; use letters, digits and _")
     tuned = model if isinstance(model, TunedModel) else TunedModel(model)
@@ -292,22 +321,3 @@ def _files(part: Part, record: Record) -> AdapterFiles:
         state = {name: whole(t) for name, t in part.attachment.state_dict().items()}
         return AdapterFiles(state, None, record)
     return AdapterFiles(files.tensors, files.config, record)
-
-
-def _require_plain(model: nn.Module) -> None:
-    """Raise MethodError where methods are on `model` already."""
-    for path, module in model.named_modules():
-        if isinstance(module, Child):
-            raise MethodError(
-                f"the model has an adapter already ({path}); give attach the tuned model to add one"
-            )
-
-
-def _require_uncompiled(model: nn.Module) -> None:
-    """Raise MethodError where `model`, or a part of it, is compiled."""
-    for path, module in model.named_modules():
-        if module._compiled_call_impl is not None or path == "_orig_mod":
-            raise MethodError(
-                f"{path or 'the model'} is compiled, and compiled code does not see new hooks; "
-                "attach first and compile then"
-            )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from jinja2 import TemplateError
 
@@ -19,6 +20,7 @@ BUILT_IN: Final = ("chatml", "plain")
 """Templates that `model.chat_template` may name."""
 _PADDING: Final = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|vision_pad|>")
 """Tokens that models reserve for padding without always saying so."""
+_MARKER: Final = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE: Final = "tunesmith"
 """Stands for a turn's content when the template is asked what follows it."""
 
@@ -60,7 +62,7 @@ def prepare_tokenizer(
         pad_token_id=tokenizer.pad_token_id,
         end_of_turn_ids=_end_of_turn_ids(tokenizer),
         template=source,
-        marks_assistant="generation" in _tags(tokenizer.chat_template),
+        marks_assistant=_MARKER.search(str(tokenizer.chat_template)) is not None,
     )
 
 
@@ -127,9 +129,3 @@ def _end_of_turn_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
             "no eos token, so generation would never stop; set eos_token in tokenizer_config.json"
         )
     return tuple(ends)
-
-
-def _tags(template: Any) -> str:
-    """Return what stands between {% and %}, where a generation block would be opened."""
-    text = template if isinstance(template, str) else str(template)
-    return " ".join(piece.split("%}")[0] for piece in text.split("{%")[1:])

@@ -57,7 +57,8 @@ def load_gguf_tokenizer(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True
         )
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+    # The tokenizers library raises nothing narrower for what it cannot build.
+    except Exception as error:
         raise ModelError(
             f"model.name: transformers cannot read the tokenizer of '{path}' "
             f"('{fields.get('tokenizer.ggml.model')}'): {first_line(error)}"

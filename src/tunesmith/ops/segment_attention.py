@@ -51,8 +51,11 @@ def segment_attention(
         (1, heads, tokens, head_dim), dtype of `q`.
     """
     if uses_varlen(q, v, dropout=dropout):
-        return _varlen(
-            *(x[0].transpose(0, 1) for x in (q, k, v)),
+        query, key, value = (x[0].transpose(0, 1) for x in (q, k, v))
+        out = _varlen(
+            query,
+            key,
+            value,
             cu_seq_lens,
             # Any bound is right: the true longest would make the CPU wait for the GPU.
             max_length=max_length or q.shape[2],
@@ -60,6 +63,7 @@ def segment_attention(
             # (before, after), -1 for all.
             window=(-1 if window is None else window - 1, 0) if causal else (-1, -1),
         )
+        return out.transpose(0, 1)[None]
     lengths = cu_seq_lens.diff().tolist()
     # One split and not a slice a segment: its backward is one concatenation.
     segments = zip(*(torch.split(x, lengths, dim=2) for x in (q, k, v)), strict=True)
@@ -97,7 +101,7 @@ def _band(q: Tensor, window: int | None) -> Tensor | None:
     return everything.tril().triu(1 - window)
 
 
-def _varlen(  # noqa: PLR0917 - q, k, v and their bounds belong together
+def _varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -107,11 +111,11 @@ def _varlen(  # noqa: PLR0917 - q, k, v and their bounds belong together
     scaling: float | None,
     window: tuple[int, int],
 ) -> Tensor:
-    """Call the kernel; `q`, `k` and `v` are (tokens, heads, head_dim)."""
+    """Call the kernel; all tensors but the bounds are (tokens, heads, head_dim)."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not _VARLEN_GQA:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    out: Tensor = _VARLEN(
+    return _VARLEN(
         q,
         k,
         v,
@@ -123,4 +127,3 @@ def _varlen(  # noqa: PLR0917 - q, k, v and their bounds belong together
         window_size=window,
         **({"enable_gqa": groups > 1} if _VARLEN_GQA else {}),
     )
-    return out.transpose(0, 1)[None]

@@ -1,0 +1,154 @@
+"""One self-contained HTML page of a run: numbers, curves, replies, proofs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+
+from tunesmith.errors import CheckpointError
+from tunesmith.report import words
+from tunesmith.report.curves import Chart, draw
+from tunesmith.report.record import Record, read_record
+
+_HERE = Path(__file__).parent
+
+
+class MetricRow(NamedTuple):
+    """A metric before and after, in words."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+    better: bool | None
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write report.html of a run directory from the files in it, and return its path.
+
+    The page needs no network and no other file. Parts of the run that are missing are left out.
+
+    Raises:
+        CheckpointError: there is no such directory, or it cannot be written.
+        DataError: a file of the run is damaged.
+    """
+    run_dir = Path(run_dir)
+    page = render(read_record(run_dir))
+    path, partial = run_dir / "report.html", run_dir / ".report.html.partial"
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def render(record: Record) -> str:
+    """Return the page."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_file("page.html.jinja"))
+    facts = {"Data": record.summary.get("data"), "Environment": record.environment}
+    return template.render(
+        name=record.name,
+        lead=_lead(record),
+        style=_file("page.css"),
+        metrics=metric_rows(record),
+        cards=cards(record.summary),
+        charts=charts(record),
+        samples=record.samples,
+        proofs=record.summary.get("proofs", []),
+        warnings=_warnings(record),
+        facts={title: words.flat(content) for title, content in facts.items() if content},
+        run_file=record.run_file,
+    )
+
+
+def metric_rows(record: Record) -> list[MetricRow]:
+    """Return the metrics before and after; for an unfinished run, first and last evaluation."""
+    before, after = record.summary.get("before", {}), record.summary.get("after", {})
+    if not before and not after:
+        courses = {name: points for name, points in record.evaluations().items() if points}
+        before = {name: points[0][1] for name, points in courses.items()}
+        after = {name: points[-1][1] for name, points in courses.items() if len(points) > 1}
+    return [
+        MetricRow(
+            words.metric_name(name),
+            words.metric(name, before.get(name)),
+            words.metric(name, after.get(name)),
+            words.change(name, before.get(name), after.get(name)),
+            words.improved(name, before.get(name), after.get(name)),
+        )
+        for name in dict.fromkeys((*after, *before))
+    ]
+
+
+def cards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the numbers of a finished run as (label, value)."""
+    trainable, total = summary.get("trainable_parameters"), summary.get("total_parameters")
+    share = f" ({trainable / total:.2%} of the base)" if trainable and total else ""
+    told = (
+        ("Optimiser steps", "steps", words.count),
+        ("Training time", "seconds", words.duration),
+        ("Tokens per second", "tokens_per_second", words.count),
+        ("Supervised tokens per second", "supervised_tokens_per_second", words.count),
+        ("Tokens seen", "tokens", words.count),
+        ("Peak memory", "peak_memory_bytes", words.size),
+        ("Parameters that train", "trainable_parameters", lambda x: words.count(x) + share),
+        ("Saved weights", "result_bytes", words.size),
+        ("Steps skipped", "skipped_steps", words.count),
+    )
+    return [
+        (label, show(summary[key]))
+        for label, key, show in told
+        if summary.get(key) is not None and (key != "skipped_steps" or summary[key])
+    ]
+
+
+def charts(record: Record) -> list[Chart]:
+    """Return the curves that the run's events have points for."""
+    return list(_charts(record))
+
+
+def _charts(record: Record) -> Iterator[Chart]:
+    evaluations = record.evaluations()
+    loss, evaluated_loss = record.course("loss"), evaluations.pop("loss", [])
+    if loss or evaluated_loss:
+        yield draw("Loss (nats per token)", loss, marks=evaluated_loss, smooth=True)
+    for name, points in evaluations.items():
+        if len(points) > 1:
+            yield draw(f"{words.metric_name(name)} in evaluation", (), marks=points)
+    courses = (
+        ("Learning rate", "learning_rate", {}),
+        ("Gradient norm before clipping", "grad_norm", {"smooth": True, "log": True}),
+        ("Tokens per second", "tokens_per_second", {"smooth": True}),
+    )
+    for title, key, how in courses:
+        if points := record.course(key):
+            yield draw(title, points, **how)
+
+
+def _lead(record: Record) -> str:
+    summary = record.summary
+    if not summary:
+        steps = record.course("loss")
+        return f"Unfinished: {len(steps)} steps recorded." if steps else "No step is recorded yet."
+    method, objective = (summary.get(key, "unknown") for key in ("method", "objective"))
+    stopped = summary.get("stopped_because", "finished")
+    ending = "" if stopped == "finished" else f" Stopped early: {words.spaced(str(stopped))}."
+    return f"{summary.get('model', 'A model')}, method {method}, objective {objective}.{ending}"
+
+
+def _warnings(record: Record) -> list[str]:
+    events = record.of_kind("warned", "micro_batch_halved")
+    said = [f"step {event.get('step')}: {event.get('message')}" for event in events]
+    return list(dict.fromkeys(said))
+
+
+def _file(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")

@@ -1,0 +1,94 @@
+"""Numbers and names as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+SHARES: Final = {"accuracy", "token_accuracy", "exact_match"}
+"""Metrics from 0 to 1 that are read as a percentage."""
+LESS_IS_BETTER: Final = {"loss", "perplexity"}
+_NAMES: Final = {"bleu": "BLEU", "rouge_l": "ROUGE-L"}
+
+
+def metric_name(name: str) -> str:
+    """Return a metric's name as a heading: `Token accuracy`."""
+    return _NAMES.get(name) or spaced(name).capitalize()
+
+
+def spaced(key: str) -> str:
+    """Return a key with spaces for underscores."""
+    return key.replace("_", " ")
+
+
+def metric(name: str, value: float | None) -> str:
+    """Return a metric's value: `71.3 %`, `1.0421`, or a dash where there is none."""
+    if value is None:
+        return "\u2013"
+    if name in SHARES:
+        return f"{100 * value:.1f}\u202f%"
+    return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.4f}"
+
+
+def change(name: str, before: float | None, after: float | None) -> str:
+    """Return how far a metric moved, with its sign: `+12.3 points`, `-0.4210`."""
+    if before is None or after is None:
+        return "\u2013"
+    if name in SHARES:
+        return f"{100 * (after - before):+.1f} points"
+    digits = 2 if abs(before) >= 10 else 4
+    return f"{after - before:+,.{digits}f}"
+
+
+def improved(name: str, before: float | None, after: float | None) -> bool | None:
+    """Return whether a metric got better; None where it cannot be said."""
+    if before is None or after is None or before == after:
+        return None
+    return (after < before) == (name in LESS_IS_BETTER)
+
+
+def count(value: float) -> str:
+    """Return a number with thousands separated."""
+    return f"{value:,.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """Return bytes in the unit that fits: `1.4 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `42 s`, `3 min 7 s` or `2 h 3 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return a nested mapping as rows (place, text), without what is empty."""
+    rows = []
+    for key, value in content.items():
+        place = f"{prefix}{spaced(str(key))}"
+        if isinstance(value, Mapping):
+            rows += flat(value, f"{place} / ")
+        elif value not in (None, [], ""):
+            rows.append((place, _text(str(key), value)))
+    return rows
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float) and key.endswith("bytes"):
+        return size(value)
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) and key != "seed" else str(value)

@@ -1,0 +1,316 @@
+"""Masks: expected token by token from pieces written by hand."""
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tiny import CHATML, CHATML_UNMARKED, tiny_tokenizer
+from tunesmith.data.conversation import Conversation, Text
+from tunesmith.data.render import Renderer
+from tunesmith.data.rows import TokenRow
+from tunesmith.errors import DataError
+
+Piece = tuple[str, bool]
+
+
+def turn(role: str, content: str) -> dict[str, object]:
+    return {"role": role, "content": content}
+
+
+def chat(*contents: str) -> Conversation:
+    """Turns of user and assistant by turns."""
+    roles = ("user", "assistant")
+    return Conversation(tuple(turn(roles[i % 2], text) for i, text in enumerate(contents)))
+
+
+def check(row: TokenRow, tokenizer: PreTrainedTokenizerFast, *pieces: Piece) -> None:
+    """Compare a row with pieces of text, each tokenised on its own, supervised or not."""
+    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in pieces]
+    ids = [token for part in parts for token in part]
+    mask = [on for part, (_, on) in zip(parts, pieces, strict=True) for _ in part]
+    assert row.input_ids.tolist() == ids
+    assert row.supervised.tolist() == mask
+    assert row.segments == (len(ids),)
+
+
+# ChatML in the ways its authors mark it: all must give the same mask.
+VARIANTS = {
+    "marked": CHATML,
+    "unmarked": CHATML_UNMARKED,
+    "marked without end of turn": CHATML.replace(
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
+    ),
+    "marked with line break": CHATML.replace(
+        "{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}"
+    ),
+    "dashes": CHATML.replace("{% generation %}", "{%- generation -%}"),
+}
+
+
+@pytest.mark.parametrize("template", VARIANTS.values(), ids=VARIANTS)
+def test_only_what_the_assistant_says_is_supervised(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    sample = Conversation(
+        (turn("system", "be kind"), *chat("你好", "早上好 🙂", "and?", " good\n\nday ").messages)
+    )
+    check(
+        Renderer(tokenizer).row(sample),
+        tokenizer,
+        ("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n", False),
+        ("<|im_start|>assistant\n", False),
+        ("早上好 🙂<|im_end|>", True),
+        ("\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n", False),
+        (" good\n\nday <|im_end|>", True),
+        ("\n", False),
+    )
+
+
+@pytest.mark.parametrize("template", VARIANTS.values(), ids=VARIANTS)
+def test_the_tokens_are_the_template_s_own(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    sample = chat("ask", "say", "ask more", "say more")
+    own = tokenizer.apply_chat_template(list(sample.messages), return_dict=True)["input_ids"]
+    assert Renderer(tokenizer).row(sample).input_ids.tolist() == own
+
+
+def test_the_mask_is_transformers_own_where_it_marks_the_end_of_turn() -> None:
+    tokenizer = tiny_tokenizer(CHATML)
+    sample = chat("ask", "say", "ask more", "say more")
+    own = tokenizer.apply_chat_template(
+        list(sample.messages), return_dict=True, return_assistant_tokens_mask=True
+    )["assistant_masks"]
+    assert Renderer(tokenizer).row(sample).supervised.astype(int).tolist() == own
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_UNMARKED])
+def test_a_conversation_that_starts_with_the_assistant(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    sample = Conversation((turn("assistant", "welcome"), turn("user", "thanks")))
+    check(
+        Renderer(tokenizer).row(sample),
+        tokenizer,
+        ("<|im_start|>assistant\n", False),
+        ("welcome<|im_end|>", True),
+        ("\n<|im_start|>user\nthanks<|im_end|>\n", False),
+    )
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_UNMARKED])
+def test_two_assistant_turns_in_a_row(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    sample = Conversation((*chat("ask", "one").messages, turn("assistant", "two")))
+    check(
+        Renderer(tokenizer).row(sample),
+        tokenizer,
+        ("<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\n", False),
+        ("one<|im_end|>", True),
+        ("\n<|im_start|>assistant\n", False),
+        ("two<|im_end|>", True),
+        ("\n", False),
+    )
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, CHATML_UNMARKED, VARIANTS["marked without end of turn"]]
+)
+def test_a_user_who_says_what_the_assistant_says_is_not_supervised(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    check(
+        Renderer(tokenizer).row(chat("same", "same")),
+        tokenizer,
+        ("<|im_start|>user\nsame<|im_end|>\n<|im_start|>assistant\n", False),
+        ("same<|im_end|>", True),
+        ("\n", False),
+    )
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_UNMARKED])
+def test_one_empty_reply_among_others_teaches_to_end_the_turn(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    row = Renderer(tokenizer).row(chat("ask", "", "more", "say"))
+    assert tokenizer.decode(row.input_ids[row.supervised].tolist()) == "<|im_end|>say<|im_end|>"
+
+
+@pytest.mark.parametrize("template", VARIANTS.values(), ids=VARIANTS)
+def test_a_row_of_empty_replies_has_nothing_supervised(template: str) -> None:
+    assert not Renderer(tiny_tokenizer(template)).row(chat("ask", "")).supervised.any()
+
+
+def test_an_empty_marked_turn_still_ends() -> None:
+    tokenizer = tiny_tokenizer(VARIANTS["marked without end of turn"])
+    row = Renderer(tokenizer).row(chat("ask", "", "more", "say"))
+    assert tokenizer.decode(row.input_ids[row.supervised].tolist()) == "<|im_end|>say<|im_end|>"
+
+
+def test_supervise_all_takes_every_token() -> None:
+    tokenizer = tiny_tokenizer()
+    row = Renderer(tokenizer, supervise="all").row(Conversation((turn("user", "alone"),)))
+    check(row, tokenizer, ("<|im_start|>user\nalone<|im_end|>\n", True))
+
+
+def test_text_is_supervised_whole_and_ends_with_eos() -> None:
+    tokenizer = tiny_tokenizer(None)
+    row = Renderer(tokenizer).row(Text("从前 there was"))
+    check(row, tokenizer, ("从前 there was<|im_end|>", True))
+
+
+def test_text_that_ends_with_eos_gets_no_second_one() -> None:
+    row = Renderer(tiny_tokenizer()).row(Text("done<|im_end|>"))
+    assert row.input_ids.tolist().count(2) == 1
+
+
+def test_a_row_without_an_assistant_turn_is_refused() -> None:
+    with pytest.raises(DataError, match=r"has no assistant turn to learn from \(its turns: user\)"):
+        Renderer(tiny_tokenizer()).row(Conversation((turn("user", "alone"),)))
+
+
+def test_no_chat_template_is_an_error_that_says_what_to_set() -> None:
+    with pytest.raises(DataError, match="no chat template, .*; set `model.chat_template`"):
+        Renderer(tiny_tokenizer(None)).row(chat("a", "b"))
+
+
+def test_a_template_that_refuses_a_row_is_quoted() -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="the chat template refuses the row: roles must alternate"):
+        Renderer(tiny_tokenizer(template)).row(chat("a", "b"))
+
+
+def test_a_template_without_end_of_turn_is_refused() -> None:
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    with pytest.raises(DataError, match="writes no end-of-turn token"):
+        Renderer(tiny_tokenizer(template)).row(chat("a", "b", "c", "d"))
+
+
+DROPS_THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'].split('</think>')[-1] }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_explained() -> None:
+    sample = chat("a", "<think>hm</think>b", "c", "d")
+    with pytest.raises(DataError, match=r"rewrites turn 2 once further turns follow .*one reply"):
+        Renderer(tiny_tokenizer(DROPS_THINKING)).row(sample)
+
+
+def test_a_template_that_rewrites_is_fine_while_it_does_not() -> None:
+    tokenizer = tiny_tokenizer(DROPS_THINKING)
+    row = Renderer(tokenizer).row(chat("a", "b", "c", "<think>hm</think>d"))
+    text = tokenizer.decode(row.input_ids[row.supervised].tolist())
+    assert text == "b<|im_end|><think>hm</think>d<|im_end|>"
+
+
+def test_a_token_that_closes_the_whole_conversation_is_no_rewriting() -> None:
+    closing = CHATML_UNMARKED.replace(
+        "{% if add_generation_prompt %}",
+        "{% if not add_generation_prompt %}{{ '<unk>' }}{% else %}",
+    )
+    tokenizer = tiny_tokenizer(closing)
+    row = Renderer(tokenizer).row(chat("a", "b", "c", "d"))
+    shown = tokenizer.decode(row.input_ids[row.supervised].tolist())
+    assert shown.startswith("b<|im_end|>d<|im_end|>")
+
+
+def test_a_header_that_opens_thinking_is_no_rewriting() -> None:
+    template = CHATML_UNMARKED.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
+    tokenizer = tiny_tokenizer(template)
+    row = Renderer(tokenizer).row(chat("a", "b"))
+    assert tokenizer.decode(row.input_ids[row.supervised].tolist()) == "b<|im_end|>"
+
+
+def test_a_template_that_marks_only_some_turns_is_refused() -> None:
+    template = CHATML.replace(
+        "{% if message['role'] == 'assistant' %}",
+        "{% if message['role'] == 'assistant' and loop.last %}",
+    )
+    with pytest.raises(DataError, match="marks only 1 of the row's 2 assistant turns"):
+        Renderer(tiny_tokenizer(template)).row(chat("a", "b", "c", "d"))
+
+
+CALL = {"type": "function", "function": {"name": "tip", "arguments": {"bill": 5}}}
+TOOLS = ({"type": "function", "function": {"name": "tip", "parameters": {}}},)
+WITH_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    + CHATML_UNMARKED.replace(
+        "{{ message['content'] + '<|im_end|>' }}",
+        "{{ message['content'] + (message['tool_calls'] | tojson if message['tool_calls'] else '')"
+        " + '<|im_end|>' }}",
+    )
+)
+
+
+def calling() -> Conversation:
+    return Conversation(
+        (
+            turn("user", "tip?"),
+            turn("assistant", "") | {"tool_calls": [CALL]},
+            turn("tool", "0.5"),
+            turn("assistant", "half"),
+        ),
+        TOOLS,
+    )
+
+
+def test_tool_calls_go_through_the_template_and_are_supervised() -> None:
+    tokenizer = tiny_tokenizer(WITH_TOOLS)
+    row = Renderer(tokenizer).row(calling())
+    learnt = tokenizer.decode(row.input_ids[row.supervised].tolist())
+    assert learnt == (
+        '[{"type": "function", "function": {"name": "tip", "arguments": {"bill": 5}}}]<|im_end|>'
+        "half<|im_end|>"
+    )
+    assert '"name": "tip", "parameters"' in tokenizer.decode(row.input_ids.tolist())
+
+
+def test_a_template_that_leaves_tools_out_is_refused() -> None:
+    with pytest.raises(DataError, match="leaves out the tool call 'tip'; use a model"):
+        Renderer(tiny_tokenizer(CHATML)).row(calling())
+
+
+def test_the_prompt_is_all_before_the_last_reply_with_the_assistant_s_header() -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = Renderer(tokenizer).prompt(chat("a", "b", "c", "d"))
+    assert tokenizer.decode(prompt.input_ids) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.reference == ["d"]
+    assert prompt.messages == list(chat("a", "b", "c").messages)
+
+
+def test_the_reference_of_a_tool_call_is_the_call_as_written() -> None:
+    sample = Conversation(calling().messages[:2], TOOLS)
+    prompt = Renderer(tiny_tokenizer(WITH_TOOLS)).prompt(sample)
+    assert prompt.reference == [
+        '[{"type": "function", "function": {"name": "tip", "arguments": {"bill": 5}}}]'
+    ]
+
+
+def test_nothing_is_asked_by_text_or_by_a_lone_reply() -> None:
+    renderer = Renderer(tiny_tokenizer())
+    assert renderer.prompt(Text("a")) is None
+    assert renderer.prompt(Conversation((turn("assistant", "a"),))) is None
+
+
+def test_the_mask_does_not_depend_on_the_padding_token() -> None:
+    one, two = tiny_tokenizer(), tiny_tokenizer()
+    two.pad_token = "<unk>"
+    rows = [Renderer(t).row(chat("a", "b")) for t in (one, two)]
+    assert np.array_equal(rows[0].supervised, rows[1].supervised)
+
+
+def test_trimmed_offsets_do_not_lose_white_space() -> None:
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer(CHATML_UNMARKED)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    check(
+        Renderer(tokenizer).row(chat("a", " b  c ")),
+        tokenizer,
+        ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", False),
+        (" b  c <|im_end|>", True),
+        ("\n", False),
+    )
