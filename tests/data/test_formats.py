@@ -9,7 +9,7 @@ from data_files import jsonl
 from tunesmith.data.conversation import Conversation, Text
 from tunesmith.data.formats import Layout, fill, layout_of
 from tunesmith.data.settings import Source
-from tunesmith.data.sources import locate
+from tunesmith.data.sources import locate, read
 from tunesmith.errors import DataError
 
 ASKED = {"role": "user", "content": "hi"}
@@ -89,17 +89,17 @@ def test_templates_fill_in_columns(tmp_path: Path) -> None:
 
 
 def test_a_template_with_an_unknown_column_names_the_columns() -> None:
-    with pytest.raises(DataError, match="names the column 'x'; the columns are a, b"):
+    with pytest.raises(DataError, match=r"names the column 'x'; the columns are a, b"):
         fill("{x}", {"a": 1, "b": 2})
 
 
 def test_a_template_never_reaches_into_objects() -> None:
-    with pytest.raises(DataError, match="names the column 'a.__class__'"):
+    with pytest.raises(DataError, match=r"names the column 'a.__class__'"):
         fill("{a.__class__}", {"a": "text"})
 
 
 def test_a_malformed_template_says_how_to_write_a_brace() -> None:
-    with pytest.raises(DataError, match="is malformed .*; write a brace as `{{`"):
+    with pytest.raises(DataError, match=r"is malformed .*; write a brace as `{{`"):
         fill("{a", {"a": 1})
 
 
@@ -210,8 +210,6 @@ def test_bytes_that_are_not_utf_8_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"text": "café"}\n'.encode("latin-1"))
     layout = layout_of(locate(Source(path=str(path))))
-    from tunesmith.data.sources import read
-
     row = next(read(locate(Source(path=str(path)))))
     with pytest.raises(DataError, match="a byte that is not UTF-8 at character 4; save the file"):
         layout.convert(row.values)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from tiny import CHATML, CHATML_UNMARKED, tiny_tokenizer
@@ -111,9 +112,7 @@ def test_two_assistant_turns_in_a_row(template: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "template", [CHATML, CHATML_UNMARKED, VARIANTS["marked without end of turn"]]
-)
+@pytest.mark.parametrize("template", VARIANTS.values(), ids=VARIANTS)
 def test_a_user_who_says_what_the_assistant_says_is_not_supervised(template: str) -> None:
     tokenizer = tiny_tokenizer(template)
     check(
@@ -166,7 +165,7 @@ def test_a_row_without_an_assistant_turn_is_refused() -> None:
 
 
 def test_no_chat_template_is_an_error_that_says_what_to_set() -> None:
-    with pytest.raises(DataError, match="no chat template, .*; set `model.chat_template`"):
+    with pytest.raises(DataError, match=r"no chat template, .*; set `model.chat_template`"):
         Renderer(tiny_tokenizer(None)).row(chat("a", "b"))
 
 
@@ -210,8 +209,7 @@ def test_a_token_that_closes_the_whole_conversation_is_no_rewriting() -> None:
     )
     tokenizer = tiny_tokenizer(closing)
     row = Renderer(tokenizer).row(chat("a", "b", "c", "d"))
-    shown = tokenizer.decode(row.input_ids[row.supervised].tolist())
-    assert shown.startswith("b<|im_end|>d<|im_end|>")
+    assert tokenizer.decode(row.input_ids[row.supervised].tolist()) == "b<|im_end|>d<|im_end|>"
 
 
 def test_a_header_that_opens_thinking_is_no_rewriting() -> None:
@@ -266,8 +264,13 @@ def test_tool_calls_go_through_the_template_and_are_supervised() -> None:
 
 
 def test_a_template_that_leaves_tools_out_is_refused() -> None:
-    with pytest.raises(DataError, match="leaves out the tool call 'tip'; use a model"):
+    with pytest.raises(DataError, match="leaves out the row's tools; use a model"):
         Renderer(tiny_tokenizer(CHATML)).row(calling())
+
+
+def test_a_template_that_leaves_tool_calls_out_is_refused() -> None:
+    with pytest.raises(DataError, match="leaves out the tool call 'tip'; use a model"):
+        Renderer(tiny_tokenizer(CHATML)).row(Conversation(calling().messages))
 
 
 def test_the_prompt_is_all_before_the_last_reply_with_the_assistant_s_header() -> None:
@@ -303,8 +306,6 @@ def test_the_mask_does_not_depend_on_the_padding_token() -> None:
 
 
 def test_trimmed_offsets_do_not_lose_white_space() -> None:
-    from tokenizers import processors
-
     tokenizer = tiny_tokenizer(CHATML_UNMARKED)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     check(

@@ -61,8 +61,9 @@ def test_resuming_ends_with_the_same_bits(dtype: torch.dtype | None, tmp_path: P
 
 def test_the_device_learns_what_the_cpu_learns(tmp_path: Path) -> None:
     there, here = plain_task(), plain_task()
-    train(there, tmp_path / "cuda", engine=CUDA)
     train(here, tmp_path / "cpu")
+    train(there, tmp_path / "cuda", engine=CUDA)
+    assert there.model.get_parameter("head.weight").is_cuda
     on_cpu = {name: value.cpu() for name, value in weights(there).items()}
     # Matrix products round differently on the two, and Adam divides by small gradients.
     torch.testing.assert_close(on_cpu, weights(here), rtol=1e-3, atol=1e-4)

@@ -164,3 +164,8 @@ def test_a_disk_that_fails_stops_both(two: Path) -> None:
 def test_memory_that_a_shard_lacks_stops_with_advice(two: Path) -> None:
     message = (two / "shard" / "error-1").read_text()
     assert "out of memory in process 1 with 4 rows at once" in message
+
+
+def test_8bit_state_cannot_be_sharded(two: Path) -> None:
+    message = (two / "8bit" / "error-0").read_text()
+    assert message.startswith("train.optimizer: 'adamw_8bit' cannot hold its state in shards")

@@ -17,7 +17,7 @@ from tunesmith.engine.events import Event, StepDone
 from tunesmith.engine.listeners import JsonlWriter
 from tunesmith.engine.settings import EngineSettings
 from tunesmith.engine.task import Task
-from tunesmith.errors import CheckpointError, TrainingError
+from tunesmith.errors import CheckpointError, SpecError, TrainingError
 from tunesmith.types import LossTerms
 
 
@@ -33,6 +33,7 @@ def main(root: Path, device: Any) -> None:
     not_finite_on_one(root / "finite", engine, peers)
     signalled_on_one(root / "signal", engine, peers)
     full_disk(root / "disk", engine, peers)
+    sharded_8bit(root / "8bit", device, peers)
     small_memory_in_a_shard(root / "shard", device, peers)
 
 
@@ -112,6 +113,15 @@ def full_disk(root: Path, engine: EngineSettings, peers: Peers) -> None:
     try:
         train(plain_task(), root / "file", engine=engine, peers=peers)
     except CheckpointError as error:
+        (root / f"error-{peers.rank}").write_text(str(error))
+
+
+def sharded_8bit(root: Path, device: Any, peers: Peers) -> None:
+    root.mkdir(exist_ok=True)
+    engine = EngineSettings(device=device, distribution="fsdp")
+    try:
+        train(plain_task(), root, engine=engine, peers=peers, optimizer="adamw_8bit")
+    except SpecError as error:
         (root / f"error-{peers.rank}").write_text(str(error))
 
 

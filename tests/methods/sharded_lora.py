@@ -1,6 +1,6 @@
-"""A program for several processes: two steps of LoRA, replicated or sharded; saves the adapters.
+"""A program for two processes: two steps of LoRA alone, replicated and sharded; saves the adapters.
 
-torchrun --nproc-per-node 2 sharded_lora.py (ddp | fsdp | one) DIRECTORY
+torchrun --nproc-per-node 2 sharded_lora.py DIRECTORY
 """
 
 import sys
@@ -36,23 +36,23 @@ def train(way: str, dtype: torch.dtype, directory: Path) -> None:
         module = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(tuned.trainable().values(), lr=1.0)
     rows = torch.arange(24).reshape(4, 6)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = rows if way == "alone" else rows[dist.get_rank() :: dist.get_world_size()]
     for _ in range(2):
         optimizer.zero_grad()
-        mine = rows[rank::world]
         module(mine, labels=mine).loss.backward()
         optimizer.step()
     files = tuned.files()
-    if rank == 0:
+    if dist.get_rank() == 0:
         write_adapters(directory, files)
 
 
-def main(way: str, directory: str) -> None:
+def main(directory: str) -> None:
     dist.init_process_group("gloo")
-    train(way, torch.float32, Path(directory) / "float32")
-    train(way, torch.bfloat16, Path(directory) / "bfloat16")
+    for way in ("alone", "ddp", "fsdp"):
+        train(way, torch.float32, Path(directory) / way / "float32")
+        train(way, torch.bfloat16, Path(directory) / way / "bfloat16")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

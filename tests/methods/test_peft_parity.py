@@ -17,6 +17,7 @@ from tunesmith.errors import AdapterError
 from tunesmith.methods import LoRA
 from tunesmith.methods.storage import load_adapter
 from tunesmith.methods.tuned import TunedModel, attach
+from tunesmith.models.loading import load_model
 
 Trained = Callable[[TunedModel], TunedModel]
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -229,3 +230,22 @@ def test_names_are_as_short_as_they_can_be_told_apart(tmp_path: Path) -> None:
     config = attach(tiny_gpt2(), method).attachments[0].export_peft().config
     assert config["target_modules"] == ["attn.c_proj", "c_fc"]
     assert config["fan_in_fan_out"] is True
+
+
+@pytest.mark.zoo
+def test_an_adapter_on_real_weights_gives_pefts_logits_and_merges(
+    trained: Trained, tmp_path: Path
+) -> None:
+    model, tokenizer = load_model("smollm2-135m-instruct", dtype=torch.float32)[:2]
+    input_ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    base_logits = model(input_ids).logits
+    tuned = attach(model, LoRA())
+    assert torch.equal(model(input_ids).logits, base_logits)
+    trained(tuned)
+    expected = model(input_ids).logits
+    tuned.save(tmp_path / "a")
+    with tuned.merged():
+        # 30 layers, logits up to some tens: float32's relative precision over the sums
+        torch.testing.assert_close(model(input_ids).logits, expected, atol=2e-3, rtol=1e-4)
+    loaded = PeftModel.from_pretrained(tuned.detach(), tmp_path / "a").eval()
+    torch.testing.assert_close(loaded(input_ids).logits, expected, atol=1e-5, rtol=1e-5)

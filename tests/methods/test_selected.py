@@ -207,3 +207,17 @@ def test_loading_into_switched_off_weights_is_refused() -> None:
 def test_unmerging_what_is_not_merged_is_refused() -> None:
     with pytest.raises(MethodError, match="nothing is merged"):
         attach(tiny_llama(), Full()).attachments[0].unmerge()
+
+
+def test_a_partly_float32_model_generates_without_autocast() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    ids = torch.arange(3, 12)[None]
+    base = model(ids).logits
+    tuned = attach(model, LastLayer(blocks=1, head=True))
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 12)
+    assert model(ids).logits.dtype == torch.bfloat16
+    # The last block now computes in float32, so only rounding differs.
+    torch.testing.assert_close(model(ids).logits, base, atol=2e-2, rtol=0)
+    with tuned.disabled():
+        assert torch.equal(model(ids).logits, base)
+    assert torch.equal(tuned.detach()(ids).logits, base)

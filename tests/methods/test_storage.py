@@ -169,6 +169,13 @@ def test_a_method_that_peft_does_not_know_is_not_exported(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_cannot_be_loaded_under_a_name_that_is_none(saved: Path) -> None:
+    model = named("tiny")
+    with pytest.raises(TunesmithError, match="cannot name an adapter"):
+        load_adapter(model, saved, name="a.b")
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def refused(model: PreTrainedModel, directory: Path, message: str) -> None:
     """Assert that loading is refused so, and that the model is as it was."""
     state = {name: t.clone() for name, t in model.state_dict().items()}

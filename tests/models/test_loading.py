@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CHATML, tiny_llama, tiny_tokenizer
+from transformers import ByT5Tokenizer
 
+from tiny import CHATML, tiny_llama, tiny_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models.loading import load_model, load_tokenizer, locate
 from tunesmith.models.precision import best_dtype
@@ -173,6 +174,13 @@ def test_a_missing_tokenizer_is_said(directory: Path) -> None:
 def test_a_broken_tokenizer_is_said(directory: Path) -> None:
     (directory / "tokenizer.json").write_text('{"model": 1}')
     assert "no tokenizer that transformers can read" in message(directory)
+
+
+def test_a_slow_tokenizer_is_refused(directory: Path) -> None:
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    ByT5Tokenizer().save_pretrained(directory)
+    assert "has only a slow tokenizer (ByT5Tokenizer)" in message(directory)
 
 
 def test_a_path_that_is_not_there_is_said() -> None:

@@ -113,12 +113,11 @@ def test_the_cpu_does_not_use_the_variable_length_kernel() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (False, None)])
 def test_the_variable_length_kernel_equals_the_plain_formula(
     *, causal: bool, window: int | None
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     q, k, v = (x.detach().bfloat16() for x in inputs(LENGTHS))
     on_gpu = [x.cuda().requires_grad_() for x in (q, k, v)]
     assert uses_varlen(on_gpu[0], on_gpu[2])

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -28,7 +29,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tunesmith.data.conversation import Conversation, Sample, Text
 from tunesmith.data.rows import Prompt, TokenRow, Values
 from tunesmith.errors import DataError
-from tunesmith.types import JSON
 
 _MARKERS: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NO_END: Final = (
@@ -181,7 +181,7 @@ class Renderer:
         """Return the rendered conversation and the characters of each assistant turn in it."""
         marked = _MARKERS.search(self._template(sample)) is not None
         text, spans = self._rendered(sample, sample.messages, marked=marked)
-        _check_tools(sample, text)
+        self._check_tools(sample, text)
         if not marked:
             return text, self._spans_by_prefix(sample, text)
         turns = len(assistant_turns(sample.messages))
@@ -230,7 +230,7 @@ class Renderer:
         Raises:
             DataError: they are no run, do not cover the turn, or nothing ends the turn.
         """
-        start, stop = span
+        start, stop = span.start, self._whole_tokens(encoded, span.stop)
         inside = (encoded.starts < stop) & (encoded.ends > start)
         # Tokenizers that trim offsets give a token of white space the width 0.
         inside |= (
@@ -250,34 +250,67 @@ class Renderer:
             )
         return slice(first, self._end_of_turn(encoded, first, last) + 1)
 
+    def _whole_tokens(self, encoded: Encoded, stop: int) -> int:
+        """Return `stop`, or the start of the special token that it lies in.
+
+        A span found by comparing texts may end inside the next turn's first token: `<` of `<|`.
+        """
+        token = int(np.searchsorted(encoded.starts, stop)) - 1
+        split = token >= 0 and encoded.ends[token] > stop
+        return int(encoded.starts[token]) if split and encoded.ids[token] in self._special else stop
+
     def _end_of_turn(self, encoded: Encoded, first: int, last: int) -> int:
         """Return the index of the token that ends the turn whose tokens are [first, last]."""
         ids, text = encoded.ids, encoded.text
-        stop = int(encoded.ends[last]) if last >= 0 else 0
+        closing: list[int] = []
         for index in range(last, first - 1, -1):
             if int(ids[index]) in self._special:
-                return index
-            if text[encoded.starts[index] : stop].strip():
+                closing.append(index)
+            elif text[encoded.starts[index] : encoded.ends[index]].strip():
                 break
+        # Generation stops at the first token that ends a turn, whatever the template adds to it.
+        ending = [index for index in closing if int(ids[index]) in self._ending_ids()]
+        if closing:
+            return min(ending) if ending else max(closing)
         for index in range(last + 1, len(ids)):
             if int(ids[index]) in self._ending_ids():
                 return index
-            if text[stop : encoded.ends[index]].strip():
+            if text[encoded.starts[index] : encoded.ends[index]].strip():
                 break
         raise DataError(_NO_END)
 
     def _ending_ids(self) -> set[int]:
-        """Return the tokens that this template and tokenizer end an assistant turn with."""
+        """Return what ends an assistant turn: the template's first token behind it, and eos."""
         if self._ending is None:
             probe = Conversation(
                 ({"role": "user", "content": "ask"}, {"role": "assistant", "content": "reply"})
             )
             encoded = self._encode(self._render(probe, probe.messages))
             behind = encoded.starts >= encoded.text.rindex("reply") + len("reply")
-            self._ending = set(encoded.ids[behind].tolist()) & self._special
-            if self.tokenizer.eos_token_id is not None:
-                self._ending.add(self.tokenizer.eos_token_id)
+            special = [token for token in encoded.ids[behind].tolist() if token in self._special]
+            eos = self.tokenizer.eos_token_id
+            self._ending = set(special[:1]) | (set() if eos is None else {eos})
         return self._ending
+
+    def _check_tools(self, sample: Conversation, text: str) -> None:
+        """Raise if the template leaves tools or tool calls out, as templates do that know none."""
+        calls: list[Any] = [message.get("tool_calls") for message in sample.messages]
+        called = [call["function"]["name"] for some in calls for call in some or ()]
+        plain = [_without_calls(message) for message in sample.messages] if called else []
+        lost: str | None = None
+        if sample.tools and self._render(replace(sample, tools=None), sample.messages) == text:
+            lost = "the row's tools"
+        elif called and self._render(sample, plain) == text:
+            lost = f"the tool call '{called[0]}'"
+        if lost is not None:
+            raise DataError(
+                f"the chat template leaves out {lost}; use a model or a `model.chat_template` that "
+                "knows tools"
+            )
+
+
+def _without_calls(message: Values) -> Values:
+    return {key: value for key, value in message.items() if key != "tool_calls"}
 
 
 def assistant_turns(messages: Sequence[Values]) -> list[Values]:
@@ -287,10 +320,6 @@ def assistant_turns(messages: Sequence[Values]) -> list[Values]:
 
 def _list(tools: tuple[Values, ...] | None) -> list[Values] | None:
     return None if tools is None else list(tools)
-
-
-def _as_list(value: JSON) -> list[JSON]:
-    return value if isinstance(value, list) else []
 
 
 def _common(first: str, second: str) -> int:
@@ -307,19 +336,3 @@ def _rewritten(index: int) -> DataError:
         "that drop earlier thinking), so what the model says there cannot be told apart; use a "
         "template with {% generation %} markers (`model.chat_template`), or one reply a row"
     )
-
-
-def _check_tools(sample: Conversation, text: str) -> None:
-    """Raise if the template leaves tools or tool calls out, as templates do that know none."""
-    calls: list[Any] = []  # tools and calls were brought into OpenAI's form before
-    for message in assistant_turns(sample.messages):
-        calls += _as_list(message.get("tool_calls"))
-    definitions: list[Any] = list(sample.tools or ())
-    for entry in calls + definitions:
-        name = str(entry["function"]["name"])
-        if name not in text:
-            kind = "tool call" if entry in calls else "tool"
-            raise DataError(
-                f"the chat template leaves out the {kind} '{name}'; use a model or a "
-                "`model.chat_template` that knows tools"
-            )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -169,9 +170,8 @@ def merge(parts: Sequence[TokenTable], target: Path, *, block: int) -> TokenTabl
     pieces: list[tuple[int, TokenTable, int, int]] = []
     for part in parts:
         blocks = part.column("ordinal") // block
-        starts = np.flatnonzero(np.diff(blocks, prepend=-1))
-        stops = np.append(starts[1:], len(blocks))
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        bounds = np.append(np.flatnonzero(np.diff(blocks, prepend=-1)), len(blocks)).tolist()
+        for start, stop in pairwise(bounds):
             pieces.append((int(blocks[start]), part, start, stop))
     first = parts[0].reading
     whole = Reading(first.name, first.format)

@@ -143,12 +143,13 @@ def _make(job: Job, target: Path, workers: int, progress: Progress | None) -> No
         first.mkdir()
         alone = ROWS_ALONE if workers > 1 else None
         stopped_at = write_rows(job, first, last=alone, progress=progress)
-        parts = [TokenTable(first)]
-        if stopped_at is not None:
-            parts += _in_parallel(job, building, stopped_at, workers=workers, progress=progress)
+        if stopped_at is None:
+            first.replace(target)
+            return
+        parts = _in_parallel(job, building, stopped_at, workers=workers, progress=progress)
         whole = building / "whole"
         whole.mkdir()
-        merge(parts, whole, block=BLOCK)
+        merge([TokenTable(first), *parts], whole, block=BLOCK)
         whole.replace(target)
     finally:
         shutil.rmtree(building, ignore_errors=True)

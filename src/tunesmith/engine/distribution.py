@@ -83,24 +83,31 @@ def connect(settings: EngineSettings) -> Peers:
         SetupError: `engine.device` names a device that this machine lacks.
     """
     available = {
-        "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
+        "cpu": True,
     }
-    if settings.device != "auto" and not available[settings.device]:
-        there = ", ".join(name for name, present in available.items() if present)
+    there = [name for name, present in available.items() if present]
+    chosen = there[0] if settings.device == "auto" else settings.device
+    if chosen not in there:
         raise SetupError(
-            f"engine.device: '{settings.device}' is not available here; use auto or one of {there}"
+            f"engine.device: '{chosen}' is not available here; use auto or one of "
+            f"{', '.join(there)}"
         )
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    accelerated = available["cuda"] or available["mps"]
-    state = PartialState(cpu=settings.device == "cpu" or not accelerated)
-    device = torch.device("cpu") if settings.device == "cpu" else state.device
-    if device.type == "cpu":
-        device = torch.device("cpu")  # accelerate numbers it
+    # accelerate settles this once in a process; what it says of a single process is not asked for,
+    # since a later call may choose another device.
+    state = PartialState(cpu=chosen == "cpu")
+    several = state.num_processes > 1
+    device = state.device if several and chosen != "cpu" else torch.device(chosen)
+    if device.type != chosen:
+        raise SetupError(
+            f"engine.device: '{chosen}' cannot follow '{device.type}' while several processes are "
+            "connected; start them anew"
+        )
     control = None
-    if state.num_processes > 1:
+    if several:
         control = (
             dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from tunesmith.errors import CheckpointError, SetupError
+from tunesmith.errors import CheckpointError, SetupError, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +27,7 @@ def build_optimizer(
     Vectors (norms, biases, scales) do not decay: pulling them to 0 does not regularise.
 
     Raises:
+        SpecError: 8-bit state was asked for, and the parameters are sharded.
         SetupError: bitsandbytes is not installed.
     """
     groups = [
@@ -34,6 +36,11 @@ def build_optimizer(
         if chosen
     ]
     if settings.optimizer == "adamw_8bit":
+        if any(isinstance(parameter, DTensor) for parameter in trainable.values()):
+            raise SpecError(
+                "train.optimizer: 'adamw_8bit' cannot hold its state in shards; use adamw, or "
+                "engine.distribution: ddp"
+            )
         return _adamw_8bit(groups, settings, learning_rate)
     fused = all(
         parameter.device.type in FUSED_DEVICES and parameter.is_floating_point()

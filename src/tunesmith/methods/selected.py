@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tunesmith.errors import MethodError
+from tunesmith.methods.bridge import bridges
 from tunesmith.methods.child import base_parameters
 from tunesmith.methods.contract import Attachment
 from tunesmith.methods.tensors import check_against, copy_into
@@ -50,6 +51,9 @@ class SelectedParameters(Attachment):
         self._merged = False
         for parameter in parameters.values():
             parameter.data = parameter.data.float()
+        # Where all of the base trains, all of it is float32 and nothing needs a bridge.
+        partly = len(parameters) < len(base_parameters(model))
+        self._bridges = bridges(model, self._dtypes) if partly else []
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return what trains, by its full name, as it is now (sharding swaps parameters)."""
@@ -129,6 +133,9 @@ class SelectedParameters(Attachment):
             self.merge()
         self._aside.clear()
         self._dtypes.clear()
+        for handle in self._bridges:
+            handle.remove()
+        self._bridges.clear()
 
     def _exchange(self, values: Mapping[str, Tensor]) -> None:
         """Put `values` in place and the present ones aside."""

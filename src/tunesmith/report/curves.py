@@ -44,17 +44,18 @@ def draw(
         line: drawn as a line; at least one point here or in `marks`.
         marks: drawn as dots with a line between them (evaluations).
         smooth: draw the line faint, and over it its exponential moving average.
-        log: draw the values on a logarithmic scale, where all are positive.
+        log: draw the values on a logarithmic scale, where they are positive and span a decade.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}
+    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11}
     with mpl.rc_context(style):
-        figure = Figure(figsize=(6, 2.8), layout="constrained")
+        figure = Figure(figsize=(5.8, 2.8), layout="constrained")
         axes = figure.subplots()
         _plot(axes, line, marks, smooth=smooth)
-        if log and all(value > 0 for _, value in (*line, *marks)):
+        values = [value for _, value in (*line, *marks)]
+        if log and 0 < 10 * min(values) <= max(values):
             axes.set_yscale("log")
         _style(axes)
         file = io.StringIO()
@@ -132,6 +133,8 @@ def _for_page(svg: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    # Several drawings share the page, and nothing refers to the groups' names.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     for colour, variable in _COLOURS.items():
         svg = svg.replace(colour, variable)
     return svg.strip()

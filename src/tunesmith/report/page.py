@@ -91,7 +91,7 @@ def metric_rows(record: Record) -> list[MetricRow]:
 def cards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the numbers of a finished run as (label, value)."""
     trainable, total = summary.get("trainable_parameters"), summary.get("total_parameters")
-    share = f" ({trainable / total:.2%} of the base)" if trainable and total else ""
+    share = f"{trainable / total:.2%}" if trainable and total else None
     told = (
         ("Optimiser steps", "steps", words.count),
         ("Training time", "seconds", words.duration),
@@ -99,15 +99,18 @@ def cards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Supervised tokens per second", "supervised_tokens_per_second", words.count),
         ("Tokens seen", "tokens", words.count),
         ("Peak memory", "peak_memory_bytes", words.size),
-        ("Parameters that train", "trainable_parameters", lambda x: words.count(x) + share),
+        ("Parameters that train", "trainable_parameters", words.count),
         ("Saved weights", "result_bytes", words.size),
         ("Steps skipped", "skipped_steps", words.count),
     )
-    return [
-        (label, show(summary[key]))
+    shown = {
+        label: show(summary[key])
         for label, key, show in told
         if summary.get(key) is not None and (key != "skipped_steps" or summary[key])
-    ]
+    }
+    if share is not None:
+        shown["Share of the base model"] = share
+    return list(shown.items())
 
 
 def charts(record: Record) -> list[Chart]:
@@ -123,14 +126,12 @@ def _charts(record: Record) -> Iterator[Chart]:
     for name, points in evaluations.items():
         if len(points) > 1:
             yield draw(f"{words.metric_name(name)} in evaluation", (), marks=points)
-    courses = (
-        ("Learning rate", "learning_rate", {}),
-        ("Gradient norm before clipping", "grad_norm", {"smooth": True, "log": True}),
-        ("Tokens per second", "tokens_per_second", {"smooth": True}),
-    )
-    for title, key, how in courses:
-        if points := record.course(key):
-            yield draw(title, points, **how)
+    if points := record.course("learning_rate"):
+        yield draw("Learning rate", points)
+    if points := record.course("grad_norm"):
+        yield draw("Gradient norm before clipping", points, smooth=True, log=True)
+    if points := record.course("tokens_per_second"):
+        yield draw("Tokens per second", points, smooth=True)
 
 
 def _lead(record: Record) -> str:

@@ -27,7 +27,7 @@ def metric(name: str, value: float | None) -> str:
         return "\u2013"
     if name in SHARES:
         return f"{100 * value:.1f}\u202f%"
-    return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.4f}"
+    return f"{value:,.{_digits(name, value)}f}"
 
 
 def change(name: str, before: float | None, after: float | None) -> str:
@@ -36,8 +36,11 @@ def change(name: str, before: float | None, after: float | None) -> str:
         return "\u2013"
     if name in SHARES:
         return f"{100 * (after - before):+.1f} points"
-    digits = 2 if abs(before) >= 10 else 4
-    return f"{after - before:+,.{digits}f}"
+    return f"{after - before:+,.{_digits(name, before)}f}"
+
+
+def _digits(name: str, value: float) -> int:
+    return 2 if name == "bleu" or abs(value) >= 10 else 4
 
 
 def improved(name: str, before: float | None, after: float | None) -> bool | None:
@@ -77,6 +80,8 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         place = f"{prefix}{spaced(str(key))}"
         if isinstance(value, Mapping):
             rows += flat(value, f"{place} / ")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            rows += flat({f"{key} {n}": item for n, item in enumerate(value, 1)}, prefix)
         elif value not in (None, [], ""):
             rows.append((place, _text(str(key), value)))
     return rows
