@@ -37,12 +37,7 @@ def prepared(cache: Path, source: Source, **settings: object) -> PreparedData:
         ("e2e_nlg/devset.csv", E2E | {"limit": 500}, "template", 500),
         ("llms_from_scratch/instruction-data.json", {"limit": 300}, "alpaca", 300),
         ("text_c4_wiki_demo/wiki_demo.txt", {}, "text", 30),
-        (
-            "arithmetic",
-            {"columns": {"prompt": "context", "completion": "continuation"}},
-            None,
-            2000,
-        ),
+        ("arithmetic", ARITHMETIC, "prompt_completion", 2000),
         ("rotten_tomatoes", {"split": "validation"}, "text_label", 1066),
         ("glue_rte", {"split": "dev", "columns": {"text": "sentence1"}}, "text_label", 277),
         ("chnsenticorp_hotel", {"columns": {"text": "review"}, "limit": 300}, "text_label", 300),
@@ -63,7 +58,7 @@ def test_the_e2e_test_set_groups_its_references(shared_data: Path, tmp_path: Pat
         Source(path=str(shared_data / "e2e_nlg" / name), **E2E)
         for name in ("devset.csv", "testset_w_refs.csv")
     )
-    found = prepared(tmp_path, train, evaluation=[test])
+    found = prepared(tmp_path, train.model_copy(update={"limit": 50}), evaluation=[test])
     assert len(found.evaluation) == 4693
     assert len(found.prompts) == 630
     assert sum(len(prompt.reference) for prompt in found.prompts) == 4693

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tiny import CHATML, CHATML_UNMARKED, tiny_tokenizer
@@ -94,6 +94,17 @@ def test_a_conversation_that_starts_with_the_assistant(template: str) -> None:
         ("<|im_start|>assistant\n", False),
         ("welcome<|im_end|>", True),
         ("\n<|im_start|>user\nthanks<|im_end|>\n", False),
+    )
+
+
+def test_a_first_reply_is_not_mistaken_for_the_template_s_own_words() -> None:
+    tokenizer = tiny_tokenizer("{{ 'You are welcome here. ' }}" + CHATML_UNMARKED)
+    check(
+        Renderer(tokenizer).row(Conversation((turn("assistant", "welcome"),))),
+        tokenizer,
+        ("You are welcome here. <|im_start|>assistant\n", False),
+        ("welcome<|im_end|>", True),
+        ("\n", False),
     )
 
 
@@ -315,3 +326,37 @@ def test_trimmed_offsets_do_not_lose_white_space() -> None:
         (" b  c <|im_end|>", True),
         ("\n", False),
     )
+
+
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    class Slow(PreTrainedTokenizerFast):
+        is_fast = False
+
+    slow = Slow(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    with pytest.raises(DataError, match="Slow gives no character offsets"):
+        Renderer(slow)
+
+
+def test_text_needs_an_end_of_text_token() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"no end-of-text token \(eos_token\)"):
+        Renderer(tokenizer).row(Text("a"))
+
+
+def test_a_template_that_writes_turns_in_another_order_is_refused() -> None:
+    reverses = CHATML_UNMARKED.replace("in messages %}", "in messages | reverse %}")
+    with pytest.raises(DataError, match="rewrites turn 2"):
+        Renderer(tiny_tokenizer(reverses)).row(chat("a", "b", "c", "d"))
+
+
+def test_a_tokenizer_that_loses_text_is_noticed() -> None:
+    tokenizer = tiny_tokenizer(CHATML_UNMARKED)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("x", "removed"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    with pytest.raises(DataError, match="offsets do not cover the assistant's turn"):
+        Renderer(tokenizer).row(chat("a", "xb"))

@@ -101,6 +101,18 @@ def test_a_resumed_run_without_a_record_starts_one(tmp_path: Path) -> None:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_run_from_the_start_keeps_its_own_lines_and_none_of_an_earlier_process(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "step_done", "step": 1}\n{"event": "step_')
+    write = JsonlWriter(path)
+    for event in (Warned(step=0, message="first"), STARTED, STEP):
+        write(event)
+    kinds = [json.loads(line)["event"] for line in path.open()]
+    assert kinds == ["warned", "run_started", "step_done"]
+
+
 def test_without_a_terminal_each_step_is_a_plain_line() -> None:
     assert shown(STARTED, STEP).splitlines() == [
         "training 4,884,480 parameters on 2 x cuda:0, steps 1 to 40 of 8 rows",

@@ -211,10 +211,10 @@ class Renderer:
     def _start(self, sample: Conversation, index: int, text: str) -> int:
         """Return where the assistant's turn `index` begins, behind its header."""
         if index == 0:
-            said = str(sample.messages[0]["content"]).strip()
-            if not said or said not in text:
-                raise DataError("starts with an assistant turn that cannot be found in the text")
-            return text.index(said)
+            # Nothing comes before that could be rendered: another reply shows where it begins.
+            first, *rest = sample.messages
+            other = "a" if str(first["content"]).lstrip()[:1] != "a" else "b"
+            return _common(text, self._render(sample, [first | {"content": other}, *rest]))
         before = sample.messages[:index]
         opened = self._render(sample, before, header=True)
         if text.startswith(opened):

@@ -26,23 +26,25 @@ from tunesmith.engine.events import (
 class JsonlWriter:
     """Writes metrics.jsonl, one event a line, each flushed at once.
 
-    When a run resumes, the lines after its checkpoint go, so that no step is recorded twice. The
-    file is opened at the first event, which only the main process hears.
+    Of what an earlier process wrote, a resumed run keeps the lines up to its checkpoint and a run
+    from the start keeps nothing, so that no step is recorded twice. The file is opened at the
+    first event, which only the main process hears.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: TextIOWrapper | None = None
+        self._earlier: int | None = None
+        """Bytes that earlier processes wrote."""
 
     def __call__(self, event: Event) -> None:
         """Write `event`."""
-        if isinstance(event, RunStarted) and event.resumed_from is not None:
-            self._forget_after(event.step)
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(as_json(event), ensure_ascii=False) + "\n")
-        self._file.flush()
+        file = self._open()
+        if isinstance(event, RunStarted):
+            self._forget(None if event.resumed_from is None else event.step)
+            file = self._open()
+        file.write(json.dumps(as_json(event), ensure_ascii=False) + "\n")
+        file.flush()
         if isinstance(event, RunFinished):
             self.close()
 
@@ -52,21 +54,31 @@ class JsonlWriter:
             self._file.close()
             self._file = None
 
-    def _forget_after(self, step: int) -> None:
+    def _open(self) -> TextIOWrapper:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            if self._earlier is None:
+                self._earlier = self.path.stat().st_size
+        return self._file
+
+    def _forget(self, after: int | None) -> None:
+        """Drop what earlier processes wrote about steps past `after`, or all of it for None."""
         self.close()
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _is_until(line, step)]
+        content = self.path.read_bytes()
+        earlier, own = content[: self._earlier], content[self._earlier :]
+        lines = earlier.splitlines(keepends=True)
+        kept = b"".join(line for line in lines if after is not None and _is_until(line, after))
         shorter = self.path.with_suffix(".tmp")
-        shorter.write_text("".join(kept), encoding="utf-8")
+        shorter.write_bytes(kept + own)
         os.replace(shorter, self.path)
+        self._earlier = len(kept)
 
 
-def _is_until(line: str, step: int) -> bool:
+def _is_until(line: bytes, step: int) -> bool:
     """Return whether a line is whole and of an event up to `step`."""
     try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
     except ValueError:
         # The end of a line that a killed process did not get to write.
         return False

@@ -26,6 +26,7 @@ from tunesmith.methods.child import (
 )
 from tunesmith.methods.counts import ParameterCounts, count_parameters
 from tunesmith.methods.tensors import check_against, whole
+from tunesmith.models.quiet import without_progress_bars
 from tunesmith.models.sites import find_sites
 
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ class TunedModel:
         target = Path(directory)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise AdapterError(f"{target} exists and is not empty; choose another directory")
-        with self.merged() as model, whole_directory(target) as partial:
+        with self.merged() as model, without_progress_bars(), whole_directory(target) as partial:
             model.save_pretrained(partial, state_dict=base_state_dict(model))
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)

@@ -15,6 +15,7 @@ from tunesmith.models.chat import prepare_tokenizer
 from tunesmith.models.gguf import first_line, load_gguf, load_gguf_tokenizer
 from tunesmith.models.hub import download
 from tunesmith.models.precision import best_dtype
+from tunesmith.models.quiet import without_progress_bars
 from tunesmith.models.settings import ModelSettings
 from tunesmith.models.zoo import MODELS, near, zoo_model
 
@@ -116,16 +117,17 @@ def _load_directory(
     _check_directory(directory, settings)
     on_cpu = torch.device(device).type == "cpu"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation="eager" if settings.attention == "eager" else None,
-            device_map=None if on_cpu else {"": device},
-            trust_remote_code=settings.trust_remote_code,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with without_progress_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation="eager" if settings.attention == "eager" else None,
+                device_map=None if on_cpu else {"": device},
+                trust_remote_code=settings.trust_remote_code,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
