@@ -59,7 +59,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, default=ALPACA, help="alpaca rows as JSON lines")
     parser.add_argument(
-        "--autocast", action="store_true", help="TRL: bf16=True besides bf16 weights"
+        "--autocast",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="TRL: bf16=True, its default; it was the faster one",
     )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu_sft.json")

@@ -9,6 +9,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
+
 from tiny import tiny_llama, tiny_tokenizer
 
 torch.set_num_threads(1)

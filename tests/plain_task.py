@@ -212,7 +212,7 @@ def in_process(target: Callable[..., None], *arguments: Any, **options: Any) -> 
     process = context.Process(target=target, args=arguments, kwargs=options)
     with pytest.MonkeyPatch.context() as patch:
         # The server that all these processes are forked of imports PyTorch once, if it finds us.
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         patch.setenv("OMP_NUM_THREADS", "1")
         process.start()
     process.join()

@@ -30,7 +30,8 @@ class LossTerms(NamedTuple):
 
     total: Tensor
     """() float32: the loss summed over this batch, not yet divided."""
-    count: int
+    # Hides tuple.count, which nobody asks of a loss; pytrees (FSDP) know named tuples only.
+    count: int  # type: ignore[assignment]
     """What `total` is divided by, summed over the whole effective batch (supervised tokens)."""
     metrics: dict[str, Tensor]
     """Further sums over the batch, detached, divided by the same count when reported."""
@@ -45,10 +46,9 @@ class Proof(NamedTuple):
 
 
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 
 
-class RowStream(Protocol[R_co]):
+class RowStream(Protocol[R]):
     """An endless, resumable order of rows: epoch after epoch, each in its own order.
 
     Every process asks for the same global rows and keeps its share, so the order does not depend
@@ -63,7 +63,7 @@ class RowStream(Protocol[R_co]):
     def epoch(self) -> float:
         """Epochs taken so far, with the fraction where `rows_per_epoch` is known."""
 
-    def take(self, count: int) -> list[R_co]:
+    def take(self, count: int) -> list[R]:
         """Return the next `count` rows, going on into the next epoch where one ends."""
 
     def state_dict(self) -> dict[str, JSON]:

@@ -54,11 +54,15 @@ def parse_mapping(text: str, source: str) -> tuple[dict[str, Any], dict[Place, i
     if not isinstance(node, yaml.MappingNode):
         raise SpecError(
             f"{source}:{node.start_mark.line + 1}: expected a mapping with keys such as model, "
-            f"method and data, not a {node.id}"
+            f"method and data, not a {_kind(node)}"
         )
     lines: dict[Place, int] = {}
     _collect_lines(node, (), lines, source)
     return values, lines
+
+
+def _kind(node: yaml.Node) -> str:
+    return "list" if isinstance(node, yaml.SequenceNode) else "single value"
 
 
 def _collect_lines(node: yaml.Node, place: Place, lines: dict[Place, int], source: str) -> None:

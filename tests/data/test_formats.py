@@ -192,7 +192,6 @@ def test_conversations_may_be_written_as_openai_writes_turns(tmp_path: Path) -> 
         ({"instruction": "a", "output": None}, "'output' is null; expected text"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "'history' is not a list of"),
         ({"text": None}, "'text' is null"),
-        ({"text": "caf\ufffd"}, r"'text' holds U\+FFFD, .* at character 4"),
         ({"text": "a\ud83d"}, "'text' holds half a surrogate pair at character 2"),
     ],
 )

@@ -135,6 +135,15 @@ def test_a_user_who_says_what_the_assistant_says_is_not_supervised(template: str
     )
 
 
+@pytest.mark.parametrize("template", VARIANTS.values(), ids=VARIANTS)
+def test_a_turn_of_weight_0_is_read_but_not_learned_from(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    first, wrong, again, right = chat("1+1?", "3", "no", "2").messages
+    row = Renderer(tokenizer).row(Conversation((first, wrong | {"weight": 0}, again, right)))
+    supervised = tokenizer.decode(row.input_ids[row.supervised])
+    assert supervised == "2<|im_end|>"
+
+
 @pytest.mark.parametrize("template", [CHATML, CHATML_UNMARKED])
 def test_one_empty_reply_among_others_teaches_to_end_the_turn(template: str) -> None:
     tokenizer = tiny_tokenizer(template)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import tunesmith
+from tiny import tiny_llama, tiny_tokenizer
 from tunesmith import (
     DataSettings,
     EngineSettings,
@@ -261,7 +261,7 @@ def test_two_processes_train_what_one_trains(
     command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command += ["-m", "tunesmith", "train", str(spec), "train.batch_size=2"]
     command += [f"engine.distribution={distribution}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=300
     )

@@ -33,7 +33,8 @@ ROLES: Final = {
 """Role names of the formats to the four that chat templates know."""
 CALLS: Final = {"function_call", "tool_call"}
 _KEPT: Final = ("name", "tool_call_id", "reasoning_content", "thinking")
-"""Further keys of a message that templates read."""
+"""Further keys of a message that templates read. OpenAI's `weight: 0` is kept besides: such a turn
+is read but not learned from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +80,8 @@ def check_text(text: str, where: str) -> str:
     """Return `text` if a tokenizer can take it as it is.
 
     Raises:
-        DataError: it holds U+FFFD (text that was decoded wrongly once), bytes that are not UTF-8,
-            or a lone surrogate.
+        DataError: it holds bytes that are not UTF-8, or a lone surrogate.
     """
-    if "\ufffd" in text:
-        at = text.index("\ufffd")
-        shown = text[max(0, at - 20) : at + 20]
-        raise DataError(
-            f"{where} holds U+FFFD, the mark of text decoded wrongly, at character {at + 1} "
-            f"({shown!r}); mend the text"
-        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -147,6 +140,8 @@ def message(turn: JSON, number: int, *, role_key: str, content_key: str) -> Valu
         raise DataError(f"{where} ({given}) has no '{content_key}'")
     result: Values = {"role": ROLES[given], "content": _content(content, where)}
     result |= {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+    if turn.get("weight") == 0:
+        result["weight"] = 0
     return result | ({"tool_calls": calls} if calls else {})
 
 

@@ -101,9 +101,16 @@ class Renderer:
         text, spans = self._spans(sample)
         encoded = self._encode(text)
         mask = np.zeros(len(encoded.ids), bool)
-        if any(m["content"] or m.get("tool_calls") for m in assistant_turns(sample.messages)):
-            for span in spans:
-                mask[self._run(encoded, span)] = True
+        turns = assistant_turns(sample.messages)
+        silent = [turn.get("weight") == 0 for turn in turns]
+        if any(silent) and len(spans) != len(turns):
+            raise DataError(
+                f"the chat template marks {len(spans)} runs for {len(turns)} assistant turns, so a "
+                "turn of weight 0 cannot be told apart; mend the template"
+            )
+        if any(m["content"] or m.get("tool_calls") for m in turns):
+            for number, span in enumerate(spans):
+                mask[self._run(encoded, span)] = not (any(silent) and silent[number])
         return TokenRow(encoded.ids, mask, (len(encoded.ids),))
 
     def prompt(self, sample: Sample) -> Prompt | None:

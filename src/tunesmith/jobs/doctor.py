@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import psutil
@@ -52,7 +52,7 @@ def diagnose(model: str | None = None) -> list[Proof]:
     return checks
 
 
-def _listed(versions: dict[str, object]) -> str:
+def _listed(versions: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {found or 'not installed'}" for name, found in versions.items())
 
 
@@ -139,7 +139,7 @@ def _step(model: PreTrainedModel) -> str:
     optimizer = torch.optim.AdamW(tuned.trainable().values(), lr=1e-2)
     started = time.perf_counter()
     before = objective.loss(model, batch)
-    (before.total / before.count).backward()
+    torch.autograd.backward(before.total / before.count)
     optimizer.step()
     seconds = time.perf_counter() - started
     with torch.no_grad():

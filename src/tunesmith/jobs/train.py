@@ -167,7 +167,7 @@ def _fit(
     assembled: Assembled, peers: Peers, recorder: Recorder, resume_from: Path | None
 ) -> Outcome:
     run, tuned, program = assembled.run, assembled.tuned, assembled.program
-    listeners = [*recorder.listeners, recorder]
+    listeners: list[Listener] = [*recorder.listeners, recorder]
     task = Task(
         module=program,
         model=tuned.model,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def bridges(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[RemovableHandle]:
     """Hook every module that directly owns a parameter in `dtypes` so that it fits its neighbours.
 
-    Without them a float32 layer in a bfloat16 model fails outside autocast, in `generate` say. While
-    the parameters are in the neighbours' dtype (switched off, merged) the hooks change nothing.
+    Without them a float32 layer in a bfloat16 model fails outside autocast, in `generate` say.
+    While the parameters have the neighbours' dtype (switched off, merged) the hooks do nothing.
 
     Args:
         model: whose parameters are meant.
