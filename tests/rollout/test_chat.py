@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tunesmith.errors import DataError
+from tunesmith.models.loading import load_model
 from tunesmith.rollout.chat import stream_reply
 from tunesmith.rollout.generate import generate
 
@@ -98,3 +99,11 @@ def test_a_conversation_longer_than_the_context_is_refused() -> None:
     stream = stream_reply(tiny_gpt2(n_positions=8), tiny_tokenizer(), MESSAGES)
     with pytest.raises(DataError, match=r"the conversation has .* context holds 8"):
         next(stream)
+
+
+@pytest.mark.zoo
+def test_a_real_model_answers_a_question() -> None:
+    model, tokenizer = load_model("smollm2-135m-instruct")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    reply = "".join(stream_reply(model, tokenizer, question, max_new_tokens=20))
+    assert reply == "The capital of France is Paris."

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from tunesmith.engine.evaluation import measuring
 from tunesmith.errors import ProofError
 from tunesmith.measure.parity import logit_parity
+from tunesmith.models.output_head import check_output_head
 from tunesmith.types import Proof
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def prove_start(assembled: Assembled, peers: Peers) -> list[Proof]:
             trains(assembled.tuned),
             supervision(assembled, rows),
             end_of_turn(assembled, rows),
+            head_understood(assembled),
             starts_at_base(assembled, rows[:2], peers),
             no_contamination(assembled, rows[:3], peers),
         ]
@@ -116,6 +118,14 @@ def end_of_turn(assembled: Assembled, rows: Sequence[TokenRow]) -> Proof:
     if missing:
         detail += "; the rest are cut" if cut else "; check model.chat_template"
     return Proof("end of turn supervised", missing == 0 or cut, detail)
+
+
+def head_understood(assembled: Assembled) -> Proof:
+    """The loss sees the logits that the model itself would give."""
+    difference = check_output_head(assembled.tuned.model)
+    return Proof(
+        "loss sees the model's own logits", True, f"they differ by {difference:.1e} of the largest"
+    )
 
 
 def starts_at_base(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers) -> Proof:

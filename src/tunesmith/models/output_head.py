@@ -85,7 +85,8 @@ def check_output_head(model: PreTrainedModel, *, tolerance: float = 2e-2) -> flo
     ids = torch.arange(3, device=head.weight.device)[None]
     with evaluating(model):
         expected = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = head.hidden_states({"input_ids": ids})
+        # A head that trains is float32 over a backbone that may not be.
+        hidden = head.hidden_states({"input_ids": ids}).to(head.weight.dtype)
     logits = torch.nn.functional.linear(hidden, head.weight, head.scaled_bias()).float()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
