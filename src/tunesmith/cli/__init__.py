@@ -3,6 +3,7 @@
 Commands import their jobs when they run, so that `tunesmith --help` stays instant.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ app.command()(demo)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error of ours is one message and its exit code, not a traceback."""
+    _speak()
     try:
         app(args=None if arguments is None else list(arguments))
     except TunesmithError as error:
@@ -52,3 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _speak() -> None:
+    """Print what the rooms log: downloads, settings without effect."""
+    logger = logging.getLogger("tunesmith")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
