@@ -37,8 +37,17 @@ def main() -> None:
             "samples": result.directory.read_json(result.directory.samples),
         }
     path = RESULTS / f"{run.name}.json"
-    path.write_text(json.dumps(evidence, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(evidence, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(relative(text, folder), encoding="utf-8")
     print(f"wrote {path}")
+
+
+def relative(text: str, folder: str) -> str:
+    """Return `text` without the paths of this machine."""
+    here = Path.cwd()
+    for absolute, short in ((folder, "runs"), (str(here), "."), (str(here.parent), "..")):
+        text = text.replace(absolute, short)
+    return text
 
 
 if __name__ == "__main__":

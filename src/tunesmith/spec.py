@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,7 @@ class Run(Settings):
         """Return this run with absolute paths and the learning rate the method would take."""
         return self.model_copy(
             update={
-                "output": str(Path(self.output).absolute()),
+                "output": os.path.abspath(self.output),
                 "model": self.model.model_copy(update={"name": _absolute(self.model.name)}),
                 "data": self.data.model_copy(
                     update={
@@ -263,11 +264,11 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).absolute()) if Path(name).exists() else name
+    return os.path.abspath(name) if Path(name).exists() else name
 
 
 def _resolve_source(source: Source) -> Source:
     is_glob = any(sign in source.path for sign in "*?[")
     if not is_glob and not Path(source.path).exists():
         return source
-    return source.model_copy(update={"path": str(Path(source.path).absolute())})
+    return source.model_copy(update={"path": os.path.abspath(source.path)})

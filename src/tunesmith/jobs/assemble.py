@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from tunesmith.data.prepare import PreparedData
+    from tunesmith.data.tokenise import TokenisingProgress
     from tunesmith.engine.distribution import Peers
     from tunesmith.jobs.result import LoadedRun
     from tunesmith.models.chat import TokenizerFacts
     from tunesmith.objectives import ObjectiveUnion
     from tunesmith.spec import Run
     from tunesmith.types import Batch, LossTerms
+
+
+SECONDS_BETWEEN_LINES = 3.0
 
 
 class Program(nn.Module):
@@ -96,7 +101,13 @@ def assemble(run: Run, peers: Peers, progress: Callable[[str], None]) -> Assembl
     progress("reading data")
     tokenizer = load_tokenizer(run.model)
     facts = prepare_tokenizer(tokenizer, run.model)
-    data = prepare(run.data, tokenizer, seed=run.seed, cache=cache_dir() / "tokens")
+    data = prepare(
+        run.data,
+        tokenizer,
+        seed=run.seed,
+        cache=cache_dir() / "tokens",
+        progress=_every_few_seconds(progress),
+    )
     progress("loading the model")
     dtypes = choose_dtypes(run, peers.device)
     model = load_model(run.model, device=peers.device, dtype=dtypes.weights).model
@@ -114,6 +125,19 @@ def assemble(run: Run, peers: Peers, progress: Callable[[str], None]) -> Assembl
         collate=Collator(facts.pad_token_id, padding),
         autocast_dtype=dtypes.autocast(mixed=mixed),
     )
+
+
+def _every_few_seconds(say: Callable[[str], None]) -> Callable[[TokenisingProgress], None]:
+    """Return a listener that says how many rows are tokenised, not more often than can be read."""
+    last = time.monotonic()
+
+    def listen(progress: TokenisingProgress) -> None:
+        nonlocal last
+        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(f"tokenised {progress.rows:,} rows of {progress.source}")
+
+    return listen
 
 
 def assembled_from(loaded: LoadedRun, data: PreparedData) -> Assembled:
