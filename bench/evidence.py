@@ -1,16 +1,16 @@
-"""Run a run file and keep its evidence: `python bench/evidence.py examples/e2e-lora.yaml`.
+"""Keep the evidence of a run: `python bench/evidence.py examples/e2e-lora.yaml`, or `runs/demo`.
 
-Writes bench/results/<name>.json: summary.json of the run (metrics before and after, time, memory,
-proofs), its sample replies, wall time of the whole job, versions and hardware.
+A run file is run first, in a temporary folder; a run directory is taken as it is. Writes
+bench/results/<name>.json: the run's summary (metrics before and after, time, memory, proofs), its
+sample replies, versions and hardware.
 """
 
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 
-from tunesmith.jobs.environment import environment
+from tunesmith.jobs.run_directory import RunDirectory
 from tunesmith.jobs.train import train
 from tunesmith.spec import load_run_file
 
@@ -19,34 +19,40 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_file")
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("run", help="a run file, or the directory of a finished run")
+    parser.add_argument("overrides", nargs="*", help="settings over those of the run file")
     arguments = parser.parse_args()
+    if Path(arguments.run).is_dir():
+        record(RunDirectory(Path(arguments.run)))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        run = load_run_file(arguments.run_file, [*arguments.overrides, f"output={folder}"])
-        started = time.perf_counter()
-        result = train(run)
-        seconds = time.perf_counter() - started
-        evidence = {
-            "run_file": arguments.run_file,
-            "overrides": arguments.overrides,
-            "wall_seconds": round(seconds, 1),
-            "versions": environment(run.seed)["versions"],
-            "started": environment(run.seed)["started"],
-            "summary": result.summary,
-            "samples": result.directory.read_json(result.directory.samples),
-        }
-    path = RESULTS / f"{run.name}.json"
+        run = load_run_file(arguments.run, [*arguments.overrides, f"output={folder}"])
+        record(train(run).directory)
+
+
+def record(directory: RunDirectory) -> None:
+    """Write what a finished run came to into bench/results."""
+    summary, environment, samples = (
+        directory.read_json(path)
+        for path in (directory.summary, directory.environment, directory.samples)
+    )
+    evidence = {
+        "started": environment["started"],
+        "versions": environment["versions"],
+        "summary": summary,
+        "samples": samples,
+    }
+    path = RESULTS / f"{summary['name']}.json"
     text = json.dumps(evidence, indent=1, ensure_ascii=False) + "\n"
-    path.write_text(relative(text, folder), encoding="utf-8")
+    path.write_text(relative(text, directory.path.parent.absolute()), encoding="utf-8")
     print(f"wrote {path}")
 
 
-def relative(text: str, folder: str) -> str:
+def relative(text: str, output: Path) -> str:
     """Return `text` without the paths of this machine."""
     here = Path.cwd()
-    for absolute, short in ((folder, "runs"), (str(here), "."), (str(here.parent), "..")):
-        text = text.replace(absolute, short)
+    for absolute, short in ((output, "runs"), (here, "."), (here.parent, "..")):
+        text = text.replace(str(absolute), short)
     return text
 
 

@@ -23,6 +23,7 @@ def summarise(
     after: Mapping[str, float],
     proofs: Sequence[Proof],
     directory: RunDirectory,
+    wall_seconds: float,
 ) -> dict[str, JSON]:
     """Return the evidence of a finished run, all of it measured.
 
@@ -32,6 +33,7 @@ def summarise(
         after: metrics of the result.
         proofs: what was checked.
         directory: holds the saved result.
+        wall_seconds: of this process's whole job, loading and measuring included.
     """
     run, counts = assembled.run, assembled.tuned.parameter_counts()
     seconds = max(outcome.seconds, 1e-9)
@@ -50,6 +52,7 @@ def summarise(
         "stopped_because": outcome.stopped_because,
         "skipped_steps": outcome.skipped_steps,
         "seconds": round(outcome.seconds, 2),
+        "wall_seconds": round(wall_seconds, 2),
         "tokens": outcome.tokens,
         "supervised_tokens": outcome.supervised_tokens,
         "tokens_per_second": round(outcome.tokens_per_second, 1),

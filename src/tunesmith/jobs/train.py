@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -68,6 +69,7 @@ def train(
         TunesmithError: its kind says what is wrong; what is found before the first step leaves
             nothing behind.
     """
+    started = time.perf_counter()
     run = run.resolved()
     peers = connect(run.engine)
     directory = check_free(run, resume=resume, overwrite=overwrite)
@@ -87,7 +89,7 @@ def train(
     if outcome.stopped_because == "interrupted":
         say(f"interrupted; go on with: tunesmith train {directory.spec} --resume")
         return Result(assembled.tuned, assembled.tokenizer, directory, outcome, {})
-    return _finish(assembled, peers, recorder, outcome, proofs=proofs, say=say)
+    return _finish(assembled, peers, recorder, outcome, proofs=proofs, say=say, started=started)
 
 
 @dataclass
@@ -212,6 +214,7 @@ def _finish(
     *,
     proofs: list[Proof],
     say: Say,
+    started: float,
 ) -> Result:
     directory = recorder.directory
     after = outcome.metrics
@@ -227,7 +230,12 @@ def _finish(
         _tell_proofs(saved, say)
         recorder.write_after()
         summary = summarise(
-            assembled, outcome, after=after, proofs=[*proofs, *saved], directory=directory
+            assembled,
+            outcome,
+            after=after,
+            proofs=[*proofs, *saved],
+            directory=directory,
+            wall_seconds=time.perf_counter() - started,
         )
         write_json(directory.summary, summary)
         write_report(directory.path)
