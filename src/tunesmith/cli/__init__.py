@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _speak() -> None:
     """Print what the rooms log: downloads, settings without effect."""
     logger = logging.getLogger("tunesmith")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler(sys.stderr))
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    # A new handler each time, since sys.stderr may be another one by now.
+    logger.handlers = [logging.StreamHandler(sys.stderr)]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
