@@ -62,4 +62,3 @@ def _speak() -> None:
     # A new handler each time, since sys.stderr may be another one by now.
     logger.handlers = [logging.StreamHandler(sys.stderr)]
     logger.setLevel(logging.INFO)
-    logger.propagate = False
