@@ -13,10 +13,10 @@ def doctor(
     """Check versions, devices and dtypes, and take one training step."""
     from rich.console import Console
 
-    from tunesmith.cli.tables import checks_table
+    from tunesmith.cli.tables import proofs_table
     from tunesmith.jobs.doctor import diagnose
 
     checks = diagnose(model)
-    Console().print(checks_table(checks))
+    Console().print(proofs_table(checks))
     if not all(check.passed for check in checks):
         raise typer.Exit(1)

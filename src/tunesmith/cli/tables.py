@@ -22,16 +22,12 @@ def metrics_table(by_model: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def proofs_table(proofs: Sequence[Proof]) -> Table:
-    """Return one line a proof: whether it holds, its name and what was seen."""
-    table = Table("", "proof", "seen")
+    """Return one line a proof or check: whether it holds, its name and what was seen."""
+    table = Table("", "check", "seen")
     for proof in proofs:
         mark = "[green]ok[/green]" if proof.passed else "[red]FAILED[/red]"
         table.add_row(mark, proof.name, proof.detail)
     return table
-
-
-checks_table = proofs_table
-"""The doctor's checks read like proofs."""
 
 
 def zoo_table(entries: Sequence[ZooStatus]) -> Table:

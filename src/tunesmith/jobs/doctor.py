@@ -144,7 +144,7 @@ def _step(model: PreTrainedModel) -> str:
     seconds = time.perf_counter() - started
     with torch.no_grad():
         after = objective.loss(model, batch)
-    first, then = float(before.total) / before.count, float(after.total) / after.count
+    first, then = float(before.total.detach()) / before.count, float(after.total) / after.count
     if not then < first:
         raise RuntimeError(f"the loss did not fall: {first:.4f}, then {then:.4f}")
     return f"loss {first:.4f}, then {then:.4f}, in {seconds:.2f} s on {model.device}"

@@ -1,0 +1,57 @@
+"""Commands that only show something."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tunesmith.cli import main
+from tunesmith.jobs.demo import demo_run
+from tunesmith.spec import load_run_file
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "data" in json.loads(said(capsys, "schema"))["properties"]
+
+
+def test_the_zoo_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "minilm-l6" in said(capsys, "models")
+
+
+def test_rows_are_shown_with_their_supervised_part_marked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1+1?", "completion": "二"}))
+    spec = tmp_path / "job.yaml"
+    spec.write_text(
+        f"model: {{name: {tiny_model}}}\ndata: {{train: [{{path: {tmp_path}/rows.jsonl}}]}}\n"
+    )
+    shown = said(capsys, "data", "show", str(spec))
+    assert "⟦二<|im_end|>⟧" in shown
+    assert "truncated: 0.0%" in shown
+
+
+def test_the_demo_is_the_example() -> None:
+    example = load_run_file(EXAMPLES / "movie-sentiment.yaml", ["name=demo"])
+    assert demo_run() == example
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert (DOCS / "run-files.md").read_text() == generate.page()
