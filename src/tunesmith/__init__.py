@@ -21,7 +21,22 @@ if TYPE_CHECKING:
     from tunesmith.jobs.evaluate import evaluate
     from tunesmith.jobs.result import load_run
     from tunesmith.jobs.train import train
-    from tunesmith.methods import Full, LastLayer, LoRA
+    from tunesmith.methods import (
+        IA3,
+        AdaLoRA,
+        Adapter,
+        BitFit,
+        Compacter,
+        DiffPruning,
+        Full,
+        LastLayer,
+        LlamaAdapter,
+        LoRA,
+        PrefixTuning,
+        PromptTuning,
+        PTuningV2,
+        VeRA,
+    )
     from tunesmith.methods.storage import load_adapter
     from tunesmith.methods.tuned import TunedModel, attach
     from tunesmith.models.loading import load_model
@@ -30,6 +45,17 @@ if TYPE_CHECKING:
     from tunesmith.spec import Run
 
 _WHERE = {
+    "IA3": "tunesmith.methods",
+    "AdaLoRA": "tunesmith.methods",
+    "Adapter": "tunesmith.methods",
+    "BitFit": "tunesmith.methods",
+    "Compacter": "tunesmith.methods",
+    "DiffPruning": "tunesmith.methods",
+    "LlamaAdapter": "tunesmith.methods",
+    "PTuningV2": "tunesmith.methods",
+    "PrefixTuning": "tunesmith.methods",
+    "PromptTuning": "tunesmith.methods",
+    "VeRA": "tunesmith.methods",
     "SFT": "tunesmith.objectives",
     "CheckpointSettings": "tunesmith.engine.settings",
     "DataSettings": "tunesmith.data.settings",
@@ -54,21 +80,32 @@ _WHERE = {
 }
 
 __all__ = [
+    "IA3",
     "SFT",
+    "AdaLoRA",
+    "Adapter",
+    "BitFit",
     "CheckpointSettings",
+    "Compacter",
     "DataSettings",
+    "DiffPruning",
     "EngineSettings",
     "EvaluationSettings",
     "Full",
     "LastLayer",
+    "LlamaAdapter",
     "LoRA",
     "ModelSettings",
+    "PTuningV2",
+    "PrefixTuning",
+    "PromptTuning",
     "Run",
     "Source",
     "TrackingSettings",
     "TrainSettings",
     "TunedModel",
     "TunesmithError",
+    "VeRA",
     "__version__",
     "attach",
     "evaluate",

@@ -163,7 +163,6 @@ def test_as_many_parameters_train_as_in_peft(model: PreTrainedModel) -> None:
 
 
 REFUSED = {
-    "use_dora": {"r": 4, "target_modules": ["q_proj"], "use_dora": True},
     "modules_to_save": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "bias 'lora_only'": {"r": 4, "target_modules": ["q_proj"], "bias": "lora_only"},
     "trainable_token_indices": {
@@ -195,11 +194,9 @@ def test_what_is_more_than_plain_lora_is_refused_by_name(
 
 def test_another_kind_of_peft_adapter_is_refused(tmp_path: Path) -> None:
     base = tiny_llama()
-    model = peft.get_peft_model(
-        deepcopy(base), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    )
+    model = peft.get_peft_model(deepcopy(base), peft.LoHaConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "a")
-    with pytest.raises(AdapterError, match="'IA3' cannot be read"):
+    with pytest.raises(AdapterError, match="'LOHA' cannot be read"):
         load_adapter(base, tmp_path / "a")
 
 

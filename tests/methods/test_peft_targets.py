@@ -5,7 +5,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from tiny import tiny_llama
-from tunesmith.methods.peft_format import PeftLora
+from tunesmith.methods.peft_lora import PeftLora
 from tunesmith.methods.peft_targets import by_pattern, short_names, targeted
 
 LINEAR = [n for n, m in tiny_llama(num_hidden_layers=12).named_modules() if n.endswith("_proj")]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -24,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tiny import VOCAB, tiny_gpt2, tiny_llama
 from tunesmith.errors import ModelError
-from tunesmith.models.attention import NAME, attention, enable_segments
+from tunesmith.models.attention import NAME, ExtraKeyValues, attention, enable_segments
 
 LENGTHS = (1, 6, 3, 11)
 SMALL = {
@@ -203,11 +204,75 @@ def test_enabling_keeps_training_mode_and_the_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("unsupported", ["softcap", "s_aux"])
-def test_what_sdpa_would_leave_out_is_an_error(unsupported: str) -> None:
+@pytest.mark.parametrize(
+    "unsupported",
+    [{"s_aux": 1.0}, {"softcap": 1.0, "cu_seq_lens_q": torch.tensor([0, 3])}],
+    ids=["sinks", "capped scores within segments"],
+)
+def test_what_is_not_computed_is_an_error(unsupported: dict[str, Any]) -> None:
     q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ModelError, match=unsupported):
-        attention(nn.Module(), q, q, q, None, **{unsupported: 1.0})
+    with pytest.raises(ModelError, match=next(iter(unsupported))):
+        attention(nn.Module(), q, q, q, None, **unsupported)
+
+
+class Extra(nn.Module, ExtraKeyValues):
+    """Random keys and values for two heads of width 4, float64."""
+
+    def __init__(self, length: int, *, separate: bool = False) -> None:
+        super().__init__()
+        self.enabled, self.separate = True, separate
+        self.k, self.v = torch.randn(2, 1, 2, length, 4, dtype=torch.float64)
+        self.strength = torch.randn(4, dtype=torch.float64)
+
+    def key_values(self, layer: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
+    def gate(self) -> Tensor:
+        return self.strength
+
+
+def plainly(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float | None) -> Tensor:
+    """Softmax over the keys that are `seen`, query head h reading key head h // 2."""
+    k, v = (x.expand(q.shape[0], -1, -1, -1).repeat_interleave(2, dim=1) for x in (k, v))
+    scores = 0.3 * torch.einsum("bhqd,bhkd->bhqk", q, k)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, v)
+
+
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
+PADDED = CAUSAL & torch.tensor([[[[False, True, True, True, True]]], [[[True] * 5]]])
+VISIBLE = {
+    "causal": (5, 5, None, CAUSAL),
+    "causal, with places to come in a static cache": (5, 7, None, F.pad(CAUSAL, (0, 2))),
+    "padded": (4, 5, PADDED[:, :, 1:], PADDED[:, :, 1:]),
+    "one token after a cache": (1, 5, None, torch.ones(1, 5, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize(("queries", "keys", "mask", "seen"), VISIBLE.values(), ids=VISIBLE.keys())
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_extra_keys_are_seen_by_all_and_the_rest_as_before(
+    queries: int, keys: int, mask: Tensor | None, seen: Tensor, softcap: float | None
+) -> None:
+    layer = nn.Module()
+    layer.num_key_value_groups = 2
+    layer.first, layer.gated, layer.second = Extra(2), Extra(3, separate=True), Extra(1)
+    q = torch.randn(2, 4, queries, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, keys, 4, dtype=torch.float64)
+    got, _ = attention(layer, q, k, v, mask, scaling=0.3, softcap=softcap)
+
+    front = [layer.first, layer.second]
+    all_k = torch.cat([x.k.expand(2, -1, -1, -1) for x in front] + [k], dim=2)
+    all_v = torch.cat([x.v.expand(2, -1, -1, -1) for x in front] + [v], dim=2)
+    expected = plainly(q, all_k, all_v, F.pad(seen, (3, 0), value=True), softcap)
+    everything = torch.ones(queries, 3, dtype=torch.bool)
+    beside = plainly(q, layer.gated.k, layer.gated.v, everything, softcap)
+    expected = expected + layer.gated.strength[:, None] * beside
+    # Where scores are capped the softmax is float32's, as in transformers' own.
+    tolerance = 1e-12 if softcap is None else 1e-6
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_transformers_own_keywords_pass_through_to_sdpa() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.ops.segment_attention import segment_attention, uses_varlen
+from tunesmith.ops.segment_attention import _before_each, segment_attention, uses_varlen
 
 LENGTHS = (1, 5, 2, 9)
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
@@ -28,8 +28,12 @@ def plain(
     causal: bool,
     window: int | None = None,
     scaling: float = HEAD_DIM**-0.5,
+    prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """One softmax over all tokens, everything outside the own segment masked out."""
+    """One softmax over all tokens, everything outside the own segment and prefix masked out."""
+    extra = 0 if prefix is None else prefix[0].shape[2]
+    if prefix is not None:
+        k, v = torch.cat([prefix[0], k], dim=2), torch.cat([prefix[1], v], dim=2)
     k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     seen = segment[:, None] == segment[None]
@@ -38,6 +42,7 @@ def plain(
         seen = seen & (distance >= 0)
     if window is not None:
         seen = seen & (distance < window)
+    seen = torch.nn.functional.pad(seen, (extra, 0), value=True)
     scores = (q @ k.transpose(-1, -2) * scaling).masked_fill(~seen, -torch.inf)
     return scores.softmax(-1) @ v
 
@@ -51,6 +56,37 @@ def test_each_segment_sees_only_itself(
     got = segment_attention(q, k, v, bounds(lengths), causal=causal, window=window)
     expected = plain(q, k, v, lengths, causal=causal, window=window)
     torch.testing.assert_close(got, expected)
+
+
+def in_front(extra: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    k, v = (
+        torch.randn(1, KV_HEADS, extra, HEAD_DIM, dtype=dtype, requires_grad=True) for _ in range(2)
+    )
+    return k, v
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (7,), (1, 1, 1)])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (True, 1), (False, None)])
+def test_each_segment_sees_the_prefix_besides(
+    lengths: tuple[int, ...], *, causal: bool, window: int | None
+) -> None:
+    tensors, prefix = inputs(lengths), in_front(3)
+    settings = {"causal": causal, "window": window, "prefix": prefix}
+    got = segment_attention(*tensors, bounds(lengths), **settings)
+    expected = plain(*tensors, lengths, **settings)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.square().sum(), (*tensors, *prefix)),
+        torch.autograd.grad(expected.square().sum(), (*tensors, *prefix)),
+    )
+
+
+def test_the_kernels_keys_begin_with_the_prefix_in_every_segment() -> None:
+    order, new_bounds = _before_each(bounds((1, 3, 2)), extra=2, tokens=6)
+    # 0 and 1 are the prefix, 2 to 7 the tokens
+    assert order.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 0, 1, 6, 7]
+    assert new_bounds.tolist() == [0, 3, 8, 12]
+    assert new_bounds.dtype == torch.int32
 
 
 def test_gradients_equal_those_of_the_plain_formula() -> None:
@@ -114,18 +150,28 @@ def test_the_cpu_does_not_use_the_variable_length_kernel() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (False, None)])
+@pytest.mark.parametrize(
+    ("causal", "window", "extra"),
+    [(True, None, 0), (True, 3, 0), (False, None, 0), (True, None, 3), (False, None, 3)],
+)
 def test_the_variable_length_kernel_equals_the_plain_formula(
-    *, causal: bool, window: int | None
+    *, causal: bool, window: int | None, extra: int
 ) -> None:
-    q, k, v = (x.detach().bfloat16() for x in inputs(LENGTHS))
-    on_gpu = [x.cuda().requires_grad_() for x in (q, k, v)]
+    drawn = [*inputs(LENGTHS), *(in_front(extra) if extra else ())]
+    halves = [x.detach().bfloat16() for x in drawn]
+    on_gpu = [x.cuda().requires_grad_() for x in halves]
     assert uses_varlen(on_gpu[0], on_gpu[2])
+    settings = {"causal": causal, "window": window}
     got = segment_attention(
-        *on_gpu, bounds(LENGTHS).cuda(), causal=causal, window=window, max_length=max(LENGTHS)
+        *on_gpu[:3],
+        bounds(LENGTHS).cuda(),
+        max_length=max(LENGTHS),
+        prefix=(on_gpu[3], on_gpu[4]) if extra else None,
+        **settings,
     )
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    expected = plain(*exact, LENGTHS, causal=causal, window=window)
+    exact = [x.double().requires_grad_() for x in halves]
+    prefix = (exact[3], exact[4]) if extra else None
+    expected = plain(*exact[:3], LENGTHS, prefix=prefix, **settings)
     # bfloat16 keeps 8 bits.
     torch.testing.assert_close(got.cpu().double(), expected, rtol=0.02, atol=0.02)
     gradients = torch.autograd.grad(got.float().square().sum(), on_gpu)

@@ -144,7 +144,9 @@ def _begin(task: Task[R], train: TrainSettings, peers: Peers) -> Training[R]:
     return Training(
         task=task,
         trainable=trainable,
-        optimizer=build_optimizer(trainable, train, learning_rate=rate),
+        optimizer=build_optimizer(
+            trainable, train, learning_rate=rate, scales=task.learning_rate_scales
+        ),
         peers=peers,
         progress=Progress(train.batch_size),
         effective_batch=effective_batch,

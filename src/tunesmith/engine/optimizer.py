@@ -20,20 +20,29 @@ FUSED_DEVICES = ("cpu", "cuda", "xpu")
 
 
 def build_optimizer(
-    trainable: Mapping[str, nn.Parameter], settings: TrainSettings, *, learning_rate: float
+    trainable: Mapping[str, nn.Parameter],
+    settings: TrainSettings,
+    *,
+    learning_rate: float,
+    scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Return AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over `trainable`.
 
     Vectors (norms, biases, scales) do not decay: pulling them to 0 does not regularise.
+
+    Args:
+        trainable: parameters by name.
+        settings: which optimiser, and its settings.
+        learning_rate: of the parameters whose scale is 1.
+        scales: by which the learning rate of a parameter is multiplied; 1 where not given.
 
     Raises:
         SpecError: 8-bit state was asked for, and the parameters are sharded.
         SetupError: bitsandbytes is not installed.
     """
     groups = [
-        {"params": list(chosen.values()), "weight_decay": decay}
-        for chosen, decay in _split(trainable, settings.weight_decay)
-        if chosen
+        group | {"lr": learning_rate * group["scale"]}
+        for group in _groups(trainable, settings.weight_decay, scales or {})
     ]
     if settings.optimizer == "adamw_8bit":
         if any(isinstance(parameter, DTensor) for parameter in trainable.values()):
@@ -51,12 +60,18 @@ def build_optimizer(
     )
 
 
-def _split(
-    trainable: Mapping[str, nn.Parameter], decay: float
-) -> tuple[tuple[dict[str, nn.Parameter], float], tuple[dict[str, nn.Parameter], float]]:
-    matrices = {name: p for name, p in trainable.items() if p.ndim >= 2}
-    vectors = {name: p for name, p in trainable.items() if p.ndim < 2}
-    return (matrices, decay), (vectors, 0.0)
+def _groups(
+    trainable: Mapping[str, nn.Parameter], decay: float, scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return the parameters by weight decay and learning rate scale: matrices, then vectors."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in sorted(trainable.items(), key=lambda item: item[1].ndim < 2):
+        key = (decay if parameter.ndim >= 2 else 0.0, scales.get(name, 1.0))
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "scale": scale}
+        for (decay, scale), parameters in groups.items()
+    ]
 
 
 def _adamw_8bit(
@@ -77,9 +92,9 @@ def _adamw_8bit(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Let the next step use `learning_rate`."""
+    """Let the next step use `learning_rate`, times the scale of each group."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["scale"]
 
 
 def state_by_name(

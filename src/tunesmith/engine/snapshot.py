@@ -75,6 +75,7 @@ def _gather(training: Training[R]) -> Snapshot | None:
     tensors = {key: value for key, value in described.items() if isinstance(value, torch.Tensor)}
     optimizer = _whole(tensors, peers)
     generators = peers.gather(random_state.capture(peers.device))
+    of_task = task.extra_state()  # may gather what is sharded, so every process asks
     if not peers.is_main:
         return None
     random = {
@@ -90,7 +91,7 @@ def _gather(training: Training[R]) -> Snapshot | None:
         "total": training.total,
         "optimizer": numbers,
         "rows": task.rows.state_dict(),
-        "task": task.extra_state(),
+        "task": of_task,
     }
     return Snapshot(trainable, optimizer, random, state)
 

@@ -59,6 +59,8 @@ class Task(Generic[R]):
     """What the summed loss of a batch is divided by, known before the forward."""
     default_learning_rate: float
     """Peak learning rate where train.learning_rate is not given."""
+    learning_rate_scales: Mapping[str, float] = field(default_factory=dict)
+    """By which the learning rate of a trainable is multiplied; 1 for those not named."""
     block_modules: list[nn.Module] = field(default_factory=list)
     """The model's blocks: what FSDP gathers one after the other."""
     tokens: Callable[[Batch], int] = num_tokens

@@ -178,6 +178,7 @@ def _fit(
         collate=assembled.collate,
         count=run.objective.count,
         default_learning_rate=run.method.default_learning_rate,
+        learning_rate_scales=tuned.learning_rate_scales(),
         block_modules=[tuned.model.get_submodule(block.path) for block in tuned.sites.blocks],
         penalty=tuned.penalty,
         on_step=tuned.on_step,

@@ -4,10 +4,53 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.methods.adalora import AdaLoRA
+from tunesmith.methods.adapter import Adapter
+from tunesmith.methods.bitfit import BitFit
+from tunesmith.methods.compacter import Compacter
+from tunesmith.methods.diff_pruning import DiffPruning
 from tunesmith.methods.full import Full
+from tunesmith.methods.ia3 import IA3
 from tunesmith.methods.last_layer import LastLayer
+from tunesmith.methods.llama_adapter import LlamaAdapter
 from tunesmith.methods.lora import LoRA
+from tunesmith.methods.p_tuning_v2 import PTuningV2
+from tunesmith.methods.prefix_tuning import PrefixTuning
+from tunesmith.methods.prompt_tuning import PromptTuning
+from tunesmith.methods.vera import VeRA
 
-MethodUnion = Annotated[LoRA | Full | LastLayer, Field(discriminator="name")]
+MethodUnion = Annotated[
+    LoRA
+    | Full
+    | LastLayer
+    | BitFit
+    | IA3
+    | Adapter
+    | Compacter
+    | DiffPruning
+    | VeRA
+    | AdaLoRA
+    | PromptTuning
+    | PrefixTuning
+    | PTuningV2
+    | LlamaAdapter,
+    Field(discriminator="name"),
+]
 
-__all__ = ["Full", "LastLayer", "LoRA", "MethodUnion"]
+__all__ = [
+    "IA3",
+    "AdaLoRA",
+    "Adapter",
+    "BitFit",
+    "Compacter",
+    "DiffPruning",
+    "Full",
+    "LastLayer",
+    "LlamaAdapter",
+    "LoRA",
+    "MethodUnion",
+    "PTuningV2",
+    "PrefixTuning",
+    "PromptTuning",
+    "VeRA",
+]

@@ -18,7 +18,7 @@ from tunesmith._version import __version__
 from tunesmith.errors import AdapterError
 from tunesmith.methods import MethodUnion
 from tunesmith.methods.atomic import whole_directory
-from tunesmith.methods.peft_format import PeftLora, read_config
+from tunesmith.methods.contract import PeftFiles
 from tunesmith.settings import Settings
 
 if TYPE_CHECKING:
@@ -79,8 +79,15 @@ class SavedAdapter:
 
     directory: Path
     tensors: dict[str, Tensor]
-    config: PeftLora | None
+    config: dict[str, Any] | None
     record: Record | None
+
+    @property
+    def peft(self) -> PeftFiles | None:
+        """What PEFT's two files hold, or None where the layout is not PEFT's."""
+        if self.config is None:
+            return None
+        return PeftFiles(self.config, self.tensors, self.directory / CONFIG)
 
 
 def base_of(model: PreTrainedModel, sites: Sites) -> Base:
@@ -163,7 +170,7 @@ def _read(directory: Path) -> SavedAdapter:
     config_file, record_file = directory / CONFIG, directory / RECORD
     config = record = None
     if config_file.exists():
-        config = read_config(_text(config_file), config_file)
+        config = _read_config(config_file)
     if record_file.exists():
         record = _read_record(record_file)
     if config is None and record is None:
@@ -177,6 +184,17 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Return what an adapter_config.json says."""
+    try:
+        config = json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"{file} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{file} holds {type(config).__name__} where PEFT writes an object")
+    return config
 
 
 def _read_record(file: Path) -> Record:

@@ -34,6 +34,10 @@ class Child(nn.Module):
         """Return `act`'s output where switched on, else the base's own output."""
         return self.act(module, args, output) if self.enabled else output
 
+    def register_on(self, parent: nn.Module) -> RemovableHandle | None:
+        """Register the hook on the module this hangs under; None where a child needs no hook."""
+        return parent.register_forward_hook(self.hook)
+
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield path and module of everything in `model` that no method put there."""
@@ -120,7 +124,8 @@ class ChildAttachment(Attachment):
             parent = model.get_submodule(parent_path)
             # A module starts in train mode: its dropout would act in a model that is in eval mode.
             parent.add_module(attribute, child.train(parent.training))
-            self._handles.append(parent.register_forward_hook(child.hook))
+            if (handle := child.register_on(parent)) is not None:
+                self._handles.append(handle)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the children's parameters by full name, as they are now (sharding swaps them)."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tunesmith.errors import MethodError
@@ -13,6 +14,7 @@ from tunesmith.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from tunesmith.models.sites import Sites
     from tunesmith.types import JSON
@@ -24,6 +26,8 @@ class PeftFiles:
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    file: Path = Path("adapter_config.json")
+    """Where `config` was read, for error messages."""
 
 
 class Attachment(ABC):
@@ -37,6 +41,11 @@ class Attachment(ABC):
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return what trains, by its full name in the model."""
+
+    def learning_rate_scale(self, name: str) -> float:
+        """Return what the learning rate of the trainable `name` is multiplied by."""
+        del name
+        return 1.0
 
     @property
     @abstractmethod
@@ -68,6 +77,18 @@ class Attachment(ABC):
         Raises:
             AdapterError: names or shapes differ from this attachment's.
         """
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Return what a saved file holds: `state_dict`, or less where less computes the same."""
+        return self.state_dict()
+
+    def load_saved_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `saved_tensors` gave.
+
+        Raises:
+            AdapterError: names or shapes do not fit this attachment.
+        """
+        self.load_state_dict(tensors)
 
     def merge(self) -> None:
         """Fold the method into the base weights; it is then off, and `unmerge` undoes it.
@@ -113,6 +134,8 @@ class Method(Settings):
     default_learning_rate: ClassVar[float]
     base_dtype: ClassVar[Literal["auto", "float32"]] = "auto"
     """What the base is best loaded in: float32 where every weight trains, so nothing is rounded."""
+    peft_type: ClassVar[str | None] = None
+    """PEFT's name of the method, `peft_type` of its configuration; then `attach_peft` reads it."""
 
     def attach(self, model: nn.Module, sites: Sites, *, name: str = "default") -> Attachment:
         """Put the method on `model` and return what was put there.
@@ -121,5 +144,37 @@ class Method(Settings):
 
         Raises:
             MethodError: the method cannot work on this model; the message says why.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def attach_peft(
+        cls,
+        files: PeftFiles,
+        model: PreTrainedModel,
+        sites: Sites,
+        *,
+        recorded: Method | None,
+        name: str,
+    ) -> tuple[Method, Attachment]:
+        """Put an adapter in PEFT's layout on `model`, with its values; also what `save` wrote.
+
+        Called for files of this class's `peft_type`. Everything is checked before anything is
+        attached, so that an error leaves the model as it was.
+
+        Args:
+            files: PEFT's configuration and tensors.
+            model: the base model, perhaps with other adapters on it.
+            sites: its map.
+            recorded: the method as tunesmith.json has it, or None where PEFT wrote the files.
+            name: name of the adapter.
+
+        Returns:
+            The method (`recorded`, or what describes the configuration best) and its attachment.
+
+        Raises:
+            AdapterError: the configuration means something that cannot be read, or names or
+                shapes do not fit this model.
+            MethodError: the name is taken.
         """
         raise NotImplementedError

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 
-from tunesmith.errors import MethodError
+from tunesmith.errors import AdapterError, MethodError
 from tunesmith.methods.bias import Bias, modules_with_bias
-from tunesmith.methods.child import ChildAttachment, require_free
+from tunesmith.methods.child import require_free
 from tunesmith.methods.contract import Method, PeftFiles
-from tunesmith.methods.low_rank import Init, LowRank, Place, linear_features
-from tunesmith.methods.peft_format import write_lora
+from tunesmith.methods.low_rank import DoRA, Init, LowRank, orthonormal_pair, principal_pair
+from tunesmith.methods.mergeable import MergeableAttachment, require_dense
+from tunesmith.methods.peft_lora import (
+    LoraFiles,
+    Pair,
+    lora_places,
+    read_lora,
+    read_lora_config,
+    write_lora,
+)
+from tunesmith.methods.places import (
+    Place,
+    linear_weight,
+    places_of,
+    require_rank,
+    targeted_columns,
+    touched_sites,
+)
 from tunesmith.methods.tensors import copy_into
 
 if TYPE_CHECKING:
-    from tunesmith.models.families import Columns
-    from tunesmith.models.sites import Site, Sites
+    from transformers import PreTrainedModel
+
+    from tunesmith.methods.contract import Attachment
+    from tunesmith.models.sites import Sites
+
+__all__ = ["LoRA", "LoraAttachment", "targeted_columns"]
 
 
 class LoRA(Method):
     """Train a low-rank update B A beside frozen linear maps: h = W x + (alpha / r) B A x."""
 
     default_learning_rate: ClassVar[float] = 2e-4
+    peft_type: ClassVar[str | None] = "LORA"
 
     name: Literal["lora"] = "lora"
     """Low-rank adaptation."""
@@ -37,7 +55,8 @@ class LoRA(Method):
     alpha: float | None = Field(default=None, gt=0)
     """Strength of the update, which is scaled by alpha / rank. None takes 2 x rank (Biderman et al.
     2024, arXiv:2405.09673), so that changing the rank keeps the scale; with rslora it takes 8, the
-    same scale at the default rank."""
+    same scale at the default rank. The inits pissa and olora take rank (sqrt(rank) with rslora),
+    which is scale 1, as their papers do."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an element of the update's input while training."""
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all"] = "all"
@@ -45,9 +64,19 @@ class LoRA(Method):
     without head and embedding."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps high ranks learning (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Learn the length of each output's weight apart from its direction (DoRA, Liu et al. 2024)."""
     init: Init = "kaiming"
-    """Distribution of A: kaiming (uniform, bound 1 / sqrt(in), as in the authors' code and PEFT) or
-    gaussian (standard deviation 1 / rank, as in PEFT). B starts at zero."""
+    """Start of A: kaiming (uniform, bound 1 / sqrt(in), as in the authors' code and PEFT) or
+    gaussian (standard deviation 1 / rank, as in PEFT), with B at zero. pissa starts B A as the
+    principal part of W (Meng et al. 2024), olora as the first part of its QR decomposition
+    (Buyukakyuz 2024); the base keeps its weights, and the start is subtracted."""
+    plus_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, who advise 16 and a smaller
+    learning rate); A learns at the run's."""
+    freeze_a: bool = False
+    """Keep A as it starts and train B only, which needs no input of the layers in the backward pass
+    (LoRA-FA, Zhang et al. 2023)."""
     bias: Literal["none", "all"] = "none"
     """Train biases besides: none, or all of the model's."""
 
@@ -56,70 +85,103 @@ class LoRA(Method):
         """Alpha, or its default where none is given."""
         if self.alpha is not None:
             return self.alpha
+        if self.keeps_start:
+            return math.sqrt(self.rank) if self.rslora else float(self.rank)
         return 8.0 if self.rslora else 2.0 * self.rank
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the pairs start as a part of the weight, which is then subtracted."""
+        return self.init in {"pissa", "olora"}
 
     def attach(self, model: nn.Module, sites: Sites, *, name: str = "default") -> LoraAttachment:
         """Hang a pair beside every targeted linear map of `model`.
 
         Raises:
-            MethodError: the rank exceeds a layer, a target is no site, the name is taken, or
-                bias is all on a model without biases.
+            MethodError: the rank exceeds a layer, a target is no site, the name is taken, a weight
+                that dora or init reads is quantised, or bias is all on a model without biases.
         """
         return attach_places(model, self.places(model, sites), self, name=name)
 
     def places(self, model: nn.Module, sites: Sites) -> list[Place]:
         """Return where the pairs go: one a module, over the columns of the targeted sites."""
-        places = []
-        for path, columns in targeted_columns(model, sites, self.targets).items():
-            features = linear_features(path, model.get_submodule(path))
-            place = Place(path, *features, self.rank, self.strength, columns)
-            _check_rank(place)
-            places.append(place)
+        places = places_of(model, sites, self.targets, rank=self.rank, alpha=self.strength)
+        for place in places:
+            require_rank(place)
         return places
 
-
-def targeted_columns(
-    model: nn.Module, sites: Sites, targets: list[str] | Literal["all"]
-) -> dict[str, Columns | None]:
-    """Return the targeted modules by path, with the output columns that `targets` mean in each."""
-    by_module: defaultdict[str, list[Site]] = defaultdict(list)
-    for site in sites.select(targets):
-        by_module[site.module].append(site)
-    return {
-        path: _union(together, linear_features(path, model.get_submodule(path))[1])
-        for path, together in by_module.items()
-    }
-
-
-def _union(sites: Iterable[Site], out_features: int) -> Columns | None:
-    """Return the columns of all `sites` of one module in order, or None where that is every one."""
-    ranges: list[tuple[int, int]] = []
-    for site in sites:
-        if site.columns is None:
-            return None
-        ranges.extend(site.columns)
-    if sum(stop - start for start, stop in ranges) == out_features:
-        return None
-    return tuple(sorted(ranges))
-
-
-def _check_rank(place: Place) -> None:
-    """Raise MethodError where the rank exceeds what the layer could need."""
-    most = min(place.in_features, place.reached)
-    if place.rank > most:
-        raise MethodError(
-            f"method.rank: {place.rank} is larger than the smaller side of {place.module} "
-            f"({place.reached} x {place.in_features}); use at most {most}"
+    @classmethod
+    def attach_peft(
+        cls,
+        files: PeftFiles,
+        model: PreTrainedModel,
+        sites: Sites,
+        *,
+        recorded: Method | None,
+        name: str,
+    ) -> tuple[Method, Attachment]:
+        """Attach a LoRA that PEFT's files describe; see `Method.attach_peft`."""
+        config = read_lora_config(files)
+        if isinstance(recorded, LoRA) and recorded.keeps_start:
+            method, places = recorded, recorded.places(model, sites)
+        elif isinstance(recorded, LoRA):
+            columns = targeted_columns(model, sites, recorded.targets)
+            method, places = recorded, lora_places(model, config, files.tensors, columns)
+        else:
+            places = lora_places(model, config, files.tensors, {})
+            method = None
+        read = read_lora(
+            model,
+            config,
+            files.tensors,
+            places,
+            with_start=method is not None and method.keeps_start,
         )
+        method = method or _described(read, sites)
+        if method.dora != config.use_dora:
+            raise AdapterError(
+                f"{files.file}: use_dora is {config.use_dora} but tunesmith.json says dora: "
+                f"{method.dora}; one of the two files belongs to another adapter"
+            )
+        attachment = attach_places(model, places, method, name=name, values=read.pairs)
+        attachment.load_biases(read.biases)
+        return method, attachment
+
+
+def _described(files: LoraFiles, sites: Sites) -> LoRA:
+    """Return PEFT's configuration as our method: exact but for ranks and blocks that differ."""
+    config = files.config
+    return LoRA(
+        rank=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets=touched_sites(sites, (place.module for place in files.places)) or "all",
+        rslora=config.use_rslora,
+        dora=config.use_dora,
+        bias="all" if files.biases else "none",
+    )
 
 
 def attach_places(
-    model: nn.Module, places: Iterable[Place], method: LoRA, *, name: str
+    model: nn.Module,
+    places: Iterable[Place],
+    method: LoRA,
+    *,
+    name: str,
+    values: Mapping[str, Pair] | None = None,
 ) -> LoraAttachment:
-    """Hang a fresh pair at each of `places`, and biases where `method` asks for them.
+    """Hang a pair at each of `places`, and biases where `method` asks for them.
+
+    Args:
+        model: the base model.
+        places: where the pairs go.
+        method: what they are.
+        name: name of the adapter.
+        values: of the pairs, by the path of their module; None starts them afresh.
 
     Raises:
-        MethodError: the name is taken, or bias is all on a model without biases.
+        MethodError: the name is taken, a weight that is read is quantised, or bias is all on a
+            model without biases.
     """
     with_bias = modules_with_bias(model) if method.bias == "all" else []
     if method.bias == "all" and not with_bias:
@@ -127,18 +189,67 @@ def attach_places(
     pairs, biases = {}, {}
     for place in places:
         require_free(model, place.module, f"lora_{name}", name)
-        pair = LowRank(place, rslora=method.rslora, dropout=method.dropout, init=method.init)
-        pairs[f"{place.module}.lora_{name}"] = pair.to(
-            model.get_parameter(f"{place.module}.weight").device
-        )
+        module = model.get_submodule(place.module)
+        pair = _pair(place, method).to(module.get_parameter("weight").device)
+        if values is None:
+            _start(pair, module, method)
+        else:
+            _load(pair, values[place.module], with_start=method.keeps_start)
+        pairs[f"{place.module}.lora_{name}"] = pair
     for path in with_bias:
         require_free(model, path, f"bias_{name}", name)
         biases[f"{path}.bias_{name}"] = Bias(model.get_parameter(f"{path}.bias"))
     return LoraAttachment(model, pairs, biases, method)
 
 
-class LoraAttachment(ChildAttachment):
+def _pair(place: Place, method: LoRA) -> LowRank:
+    """Return the pair for `place`, with a random A and B = 0."""
+    kind = DoRA if method.dora else LowRank
+    return kind(
+        place,
+        rslora=method.rslora,
+        dropout=method.dropout,
+        init=method.init,
+        freeze_a=method.freeze_a,
+    )
+
+
+def _start(pair: LowRank, module: nn.Module, method: LoRA) -> None:
+    """Give `pair` what of its start depends on the weight of `module`.
+
+    Raises:
+        MethodError: the weight is quantised or sharded.
+    """
+    if not (method.keeps_start or method.dora):
+        return
+    setting = "method.dora" if method.dora else f"method.init: {method.init}"
+    weight = linear_weight(module).detach()
+    require_dense(f"weight of {pair.place.module}", weight, f"{setting} cannot read it")
+    if method.keeps_start:
+        reached = weight if pair.columns is None else weight[pair.columns]
+        if method.init == "pissa":
+            pair.start_from(*principal_pair(reached, pair.place.rank, pair.scale))
+        else:
+            pair.start_from(*orthonormal_pair(reached, pair.place.rank))
+    if isinstance(pair, DoRA):
+        pair.measure(weight)
+
+
+def _load(pair: LowRank, values: Pair, *, with_start: bool) -> None:
+    """Give `pair` saved values; shapes are checked before."""
+    rank = pair.place.rank
+    if with_start:
+        pair.start_from(values.A[rank:], -values.B[:, rank:])
+    copy_into(pair.A, values.A[:rank])
+    copy_into(pair.B, values.B[:, :rank])
+    if isinstance(pair, DoRA) and values.m is not None:
+        copy_into(pair.m, values.m)
+
+
+class LoraAttachment(MergeableAttachment):
     """Pairs, and perhaps biases, on one model under one adapter name."""
+
+    title: ClassVar[str] = "LoRA"
 
     def __init__(
         self, model: nn.Module, pairs: dict[str, LowRank], biases: dict[str, Bias], method: LoRA
@@ -147,76 +258,19 @@ class LoraAttachment(ChildAttachment):
         self.pairs = {path.rpartition(".")[0]: pair for path, pair in pairs.items()}
         self.biases = {path.rpartition(".")[0]: bias for path, bias in biases.items()}
         self._method = method
-        self._originals: dict[str, Tensor] | None = None
-        self._on_before_merge = True
 
-    def enable(self, on: bool, /) -> None:
-        """Switch the pairs on or off.
+    def learning_rate_scale(self, name: str) -> float:
+        """Return LoRA+'s ratio for a B, 1 for the rest (Hayou et al. 2024, arXiv:2402.12354)."""
+        return self._method.plus_ratio if name.endswith(".B") else 1.0
 
-        Raises:
-            MethodError: they are merged, so neither state can be had.
-        """
-        if self._originals is not None:
-            raise MethodError("LoRA is merged into the base weights; unmerge() first")
-        super().enable(on)
-
-    def merge(self) -> None:
-        """Add s B A to the weights in float32, rounded once to the weight's dtype.
-
-        The originals stay on the CPU until `unmerge`, because subtracting s B A again would not
-        give the same bits: the cost is host memory as large as the adapted weights.
-
-        Raises:
-            MethodError: merged already, or a weight is quantised.
-        """
-        for path in self.pairs:
-            _require_mergeable(path, self.model.get_parameter(f"{path}.weight"))
-        self._on_before_merge = self.enabled
-        self.enable(False)
-        originals = {}
-        with torch.no_grad():
-            for name, value in self._merged_values():
-                parameter = self.model.get_parameter(name)
-                originals[name] = parameter.to("cpu", copy=True)
-                parameter.copy_(value)
-        self._originals = originals
-
-    def _merged_values(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each base parameter's name, and its value with this adapter in it."""
-        for path, pair in self.pairs.items():
-            stored_transposed = isinstance(self.model.get_submodule(path), Conv1D)
-            delta = pair.delta().T if stored_transposed else pair.delta()
-            yield f"{path}.weight", self.model.get_parameter(f"{path}.weight").float() + delta
+    def merged_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights with s B A in them, and the biases."""
+        yield from self.merged_weights(self.pairs)
         for path, bias in self.biases.items():
             yield f"{path}.bias", bias.value
 
-    def unmerge(self) -> None:
-        """Put the original weights back, bit for bit, and switch on again what was on.
-
-        Raises:
-            MethodError: nothing is merged.
-        """
-        if self._originals is None:
-            raise MethodError("LoRA is not merged, so there is nothing to unmerge")
-        with torch.no_grad():
-            for name, original in self._originals.items():
-                self.model.get_parameter(name).copy_(original)
-        self._originals = None
-        self.enable(self._on_before_merge)
-
-    def detach(self) -> None:
-        """Remove every pair, and what they merged; the model is the plain base again."""
-        if self._originals is not None:
-            self.unmerge()
-        super().detach()
-
-    def load_values(
-        self, pairs: Mapping[str, tuple[Tensor, Tensor]], biases: Mapping[str, Tensor]
-    ) -> None:
-        """Take over A and B, and biases, by the path of their module; shapes are checked before."""
-        for path, (A, B) in pairs.items():
-            copy_into(self.pairs[path].A, A)
-            copy_into(self.pairs[path].B, B)
+    def load_biases(self, biases: Mapping[str, Tensor]) -> None:
+        """Take over biases by the path of their module; shapes are checked before."""
         for path, value in biases.items():
             copy_into(self.biases[path].value, value)
 
@@ -225,18 +279,4 @@ class LoraAttachment(ChildAttachment):
         method = self._method
         return write_lora(
             self.model, self.pairs, self.biases, dropout=method.dropout, rslora=method.rslora
-        )
-
-
-def _require_mergeable(path: str, weight: Tensor) -> None:
-    """Raise MethodError where nothing can be added to a weight."""
-    if isinstance(weight, DTensor):
-        raise MethodError(
-            f"the weight of {path} is sharded, so LoRA cannot merge into it; load the saved "
-            "adapter onto an unsharded model to merge"
-        )
-    if not weight.is_floating_point():
-        raise MethodError(
-            f"the weight of {path} is quantised ({weight.dtype}), so LoRA cannot merge into it; "
-            "load the base model unquantised to merge"
         )

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from tunesmith.methods.peft_format import PeftLora
+    from tunesmith.methods.peft_format import PeftTargets
 
 T = TypeVar("T")
 
 
-def targeted(config: PeftLora, linear: Collection[str], head: str | None) -> set[str] | None:
+def targeted(config: PeftTargets, linear: Collection[str], head: str | None) -> set[str] | None:
     """Return which of the `linear` maps the configuration targets, or None where it does not say.
 
     Args:
@@ -44,7 +44,7 @@ def _named(names: list[str] | str | None, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def _layer_is_meant(config: PeftLora, path: str) -> bool:
+def _layer_is_meant(config: PeftTargets, path: str) -> bool:
     """Return whether layers_to_transform, where given, holds the layer that `path` is in."""
     layers = config.layers_to_transform
     if layers is None or layers == []:

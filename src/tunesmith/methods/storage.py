@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from tunesmith.errors import AdapterError
+from tunesmith.methods import MethodUnion
 from tunesmith.methods.adapter_files import Base, SavedAdapter, base_of, read_adapters
-from tunesmith.methods.lora import LoRA, attach_places, targeted_columns
-from tunesmith.methods.peft_format import LoraFiles, PeftLora, read_lora
 from tunesmith.methods.tuned import Part, TunedModel, require_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tunesmith.models.families import Columns
-    from tunesmith.models.sites import Sites
+    from tunesmith.methods.contract import Method, PeftFiles
 
 
 def load_adapter(
@@ -55,7 +53,8 @@ def load_adapter(
 def _check_base(adapter: SavedAdapter, base: Base, *, check_name: bool) -> None:
     """Raise AdapterError where an adapter was made on another base."""
     record, config = adapter.record, adapter.config
-    made_on = record.base.name if record else (config and config.base_model_name_or_path) or ""
+    named = (config or {}).get("base_model_name_or_path")
+    made_on = record.base.name if record else str(named or "")
     if check_name and made_on and base.name and _last(made_on) != _last(base.name):
         raise AdapterError(
             f"{adapter.directory} was made on the base model {made_on!r} and this is "
@@ -75,38 +74,27 @@ def _last(name: str) -> str:
 
 def _load(tuned: TunedModel, adapter: SavedAdapter, name: str) -> None:
     """Attach one adapter under `name` and give it its values."""
-    record, config = adapter.record, adapter.config
-    if config is not None:
-        _load_lora(tuned, adapter, config, name)
-    elif record is not None:
-        attachment = record.method.attach(tuned.model, tuned.sites, name=name)
-        tuned.put(Part(name, record.method, attachment))
-        attachment.load_state_dict(adapter.tensors)
-
-
-def _load_lora(tuned: TunedModel, adapter: SavedAdapter, config: PeftLora, name: str) -> None:
-    """Attach one LoRA under `name`, at the places that PEFT's files name, with their values."""
     recorded = adapter.record.method if adapter.record else None
-    columns: dict[str, Columns | None] = {}
-    if isinstance(recorded, LoRA):
-        columns = targeted_columns(tuned.model, tuned.sites, recorded.targets)
-    files = read_lora(tuned.model, config, adapter.tensors, columns)
-    method = recorded if isinstance(recorded, LoRA) else _described(files, tuned.sites)
-    attachment = attach_places(tuned.model, files.places, method, name=name)
-    tuned.put(Part(name, method, attachment))
-    attachment.load_values(files.pairs, files.biases)
+    if adapter.peft is not None:
+        reader = _reader(adapter.peft)
+        method, attachment = reader.attach_peft(
+            adapter.peft, tuned.model, tuned.sites, recorded=recorded, name=name
+        )
+        tuned.put(Part(name, method, attachment))
+    elif recorded is not None:
+        attachment = recorded.attach(tuned.model, tuned.sites, name=name)
+        tuned.put(Part(name, recorded, attachment))
+        attachment.load_saved_tensors(adapter.tensors)
 
 
-def _described(files: LoraFiles, sites: Sites) -> LoRA:
-    """Return PEFT's configuration as our method: exact but for ranks and blocks that differ."""
-    modules = {place.module for place in files.places}
-    touched = {s.name for block in sites.blocks for s in block.sites if s.module in modules}
-    config = files.config
-    return LoRA(
-        rank=config.r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        targets=sorted(touched) or "all",
-        rslora=config.use_rslora,
-        bias="all" if files.biases else "none",
-    )
+def _reader(files: PeftFiles) -> type[Method]:
+    """Return the method that reads files of this peft_type."""
+    methods: tuple[type[Method], ...] = get_args(get_args(MethodUnion)[0])
+    readers = {method.peft_type: method for method in methods if method.peft_type is not None}
+    kind = files.config.get("peft_type")
+    if kind not in readers:
+        raise AdapterError(
+            f"{files.file}: peft_type {kind!r} cannot be read, only "
+            f"{', '.join(map(repr, sorted(readers)))} can"
+        )
+    return readers[kind]

@@ -121,6 +121,10 @@ class TunedModel:
         for attachment in self.attachments:
             attachment.load_state_dict({name: state[name] for name in attachment.trainable()})
 
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Return what the learning rate of each trainable is multiplied by, by its full name."""
+        return {n: a.learning_rate_scale(n) for a in self.attachments for n in a.trainable()}
+
     def parameter_counts(self) -> ParameterCounts:
         """Return how many parameters train, of which kind, and how many the base has."""
         return count_parameters(self.trainable(), base_parameters(self.model))
@@ -328,6 +332,6 @@ def _files(part: Part, record: Record) -> AdapterFiles:
     try:
         files = part.attachment.export_peft()
     except MethodError:
-        state = {name: whole(t) for name, t in part.attachment.state_dict().items()}
+        state = {name: whole(t) for name, t in part.attachment.saved_tensors().items()}
         return AdapterFiles(state, None, record)
     return AdapterFiles(files.tensors, files.config, record)

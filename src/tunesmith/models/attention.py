@@ -1,8 +1,9 @@
-"""One attention implementation for all: transformers' sdpa, which also keeps segments apart.
+"""One attention implementation for all: transformers' sdpa, and what sdpa does not do.
 
 It is registered with transformers under the name "tunesmith". Batches without segments go straight
 to sdpa. Batches with segments (`cu_seq_lens_q`, see `types.Batch`) go to `segment_attention`, and
-no (tokens x tokens) mask is ever built for them.
+no (tokens x tokens) mask is ever built for them. Children of an attention layer that are
+`ExtraKeyValues` add keys and values to it, in either case.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,6 +26,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME: Final = "tunesmith"
+
+
+class ExtraKeyValues:
+    """Keys and values that a method adds to an attention layer, as a child module of it.
+
+    They are added inside the attention function and not to the cache, so nothing is cached twice
+    and gradient checkpointing computes them again like everything else.
+    """
+
+    enabled: bool
+    separate: bool = False
+    """Whether they have a softmax of their own, times `gate`, instead of joining the tokens'."""
+
+    def key_values(self, layer: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values, (1 or batch, kv_heads, extra, head_dim) in `query`'s dtype."""
+        raise NotImplementedError
+
+    def gate(self) -> Tensor:
+        """Return the strength of each head, (heads,), where they are `separate`."""
+        raise NotImplementedError
 
 
 def attention(  # noqa: PLR0917 - transformers' own signature
@@ -53,27 +75,87 @@ def attention(  # noqa: PLR0917 - transformers' own signature
         kwargs: what the model was called with besides, `cu_seq_lens_q` among it.
 
     Raises:
-        ModelError: the layer caps its scores or has sinks, which sdpa would leave out.
+        ModelError: the layer has sinks, or caps its scores within segments, which is not computed.
     """
-    for unsupported in ("softcap", "s_aux"):
+    segments = kwargs.get("cu_seq_lens_q") is not None
+    for unsupported in ("softcap", "s_aux") if segments else ("s_aux",):
         if kwargs.get(unsupported) is not None:
             raise ModelError(
                 f"model.attention: {type(module).__name__} uses {unsupported}, which the attention "
                 f"'{NAME}' does not compute; use eager"
             )
-    if kwargs.get("cu_seq_lens_q") is None:
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **kwargs,
-        )
-    on_gpu = uses_varlen(query, value, dropout=dropout)
+    extras = [x for x in module.children() if isinstance(x, ExtraKeyValues) and x.enabled]
+    prefix = _joined([x for x in extras if not x.separate], module, query)
+    options = {"dropout": dropout, "scaling": scaling, **kwargs}
+    if segments:
+        causal = bool(module.is_causal if is_causal is None else is_causal)
+        out = _within_segments(query, key, value, prefix, causal=causal, **options)
+    else:
+        if prefix is not None:
+            causal = _is_causal(module, is_causal)
+            attention_mask = _mask_after(prefix[0], query, key, attention_mask, causal=causal)
+            key, value = (torch.cat(x, dim=2) for x in zip(prefix, (key, value), strict=True))
+            is_causal = False
+        out = _attend(module, query, key, value, attention_mask, is_causal=is_causal, **options)
+    for extra in extras:
+        if extra.separate:
+            pair = _expanded(extra.key_values(module, query), query)
+            own = options | {"dropout": 0.0}
+            beside = _attend(module, query, *pair, None, is_causal=False, **own)
+            out = out + extra.gate().to(out.dtype)[:, None] * beside
+    return out, None
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    """Return what sdpa would take the layer for."""
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def _joined(
+    extras: list[ExtraKeyValues], module: nn.Module, query: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Return the keys and values of all `extras` side by side, or None where there are none."""
+    if not extras:
+        return None
+    pairs = [_expanded(extra.key_values(module, query), query) for extra in extras]
+    return torch.cat([k for k, _ in pairs], dim=2), torch.cat([v for _, v in pairs], dim=2)
+
+
+def _expanded(pair: tuple[Tensor, Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values once for each row of the batch."""
+    k, v = pair
+    return k.expand(query.shape[0], -1, -1, -1), v.expand(query.shape[0], -1, -1, -1)
+
+
+def _mask_after(
+    prefix: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, *, causal: bool
+) -> Tensor | None:
+    """Return the mask over [prefix | tokens]: all see the prefix, the rest is as it was."""
+    if mask is None and causal and query.shape[2] > 1:
+        # No mask means causal from the first key on: a static cache has more keys than queries,
+        # and its empty places are at the end.
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = seen.tril()[None, None]
+    if mask is None:
+        return None
+    return F.pad(mask, (prefix.shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
+
+
+def _within_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: tuple[Tensor, Tensor] | None,
+    *,
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Return (1, tokens, heads, head_dim), every segment as if it were alone."""
+    window = kwargs.get("sliding_window") or None
+    slides = window is not None and prefix is not None
+    on_gpu = uses_varlen(query, value, dropout=dropout, slides=slides)
     out = segment_attention(
         query,
         key,
@@ -81,11 +163,38 @@ def attention(  # noqa: PLR0917 - transformers' own signature
         kwargs["cu_seq_lens_q" if on_gpu else "cu_seq_lens_k"],
         scaling=scaling,
         dropout=dropout,
-        causal=bool(module.is_causal if is_causal is None else is_causal),
-        window=kwargs.get("sliding_window") or None,
+        causal=causal,
+        window=window,
         max_length=kwargs.get("max_length_q"),
+        prefix=prefix,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
+
+
+def _attend(  # noqa: PLR0917 - transformers' own signature
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """Return (batch, length, heads, head_dim), by sdpa or, where scores are capped, written out."""
+    if options.get("softcap") is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    causal = _is_causal(module, options["is_causal"]) and query.shape[2] > 1
+    if attention_mask is None and causal:
+        attention_mask = _mask_after(key[:, :, :0], query, key, None, causal=True)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    # The order of transformers' eager attention, so that the bits are its own (Gemma 2).
+    scores = query @ key.transpose(2, 3) * options["scaling"]
+    scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=options["dropout"], training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, attention)
@@ -99,7 +208,7 @@ def enable_segments(model: PreTrainedModel) -> bool:
     where the model has one. Where the proof fails the model is as it was before.
     """
     before = model.config._attn_implementation
-    if before == NAME:
+    if has_segments(model):
         return True
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
@@ -113,6 +222,11 @@ def enable_segments(model: PreTrainedModel) -> bool:
         hook.remove()
         model.set_attn_implementation(before)
     return proved
+
+
+def has_segments(model: PreTrainedModel) -> bool:
+    """Return whether `enable_segments` was here."""
+    return _leave_out_the_mask in model.base_model._forward_pre_hooks.values()
 
 
 def _leave_out_the_mask(

@@ -29,6 +29,7 @@ def segment_attention(
     causal: bool = True,
     window: int | None = None,
     max_length: int | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return each segment's own softmax(scaling q k^T) v, as if it were alone in the batch.
 
@@ -40,36 +41,41 @@ def segment_attention(
         k: (1, kv_heads, tokens, head_dim); kv_heads divides heads.
         v: (1, kv_heads, tokens, head_dim).
         cu_seq_lens: (segments + 1,) int32, from 0 to tokens, each segment at least one token. On
-            the GPU for the variable-length kernel, on the CPU otherwise (else each call waits).
+            the GPU where `uses_varlen`, on the CPU otherwise (else each call waits).
         scaling: factor of the scores; None is head_dim ** -0.5.
         dropout: probability of dropping an attention weight.
         causal: whether a token sees only itself and what is before it.
         window: with `causal`, how many tokens a token sees at most, itself among them.
         max_length: tokens of the longest segment, or any bound; helps the kernel to share out work.
+        prefix: keys and values (1, kv_heads, extra, head_dim) that every token of every segment
+            sees besides, through any window.
 
     Returns:
         (1, heads, tokens, head_dim), dtype of `q`.
     """
-    if uses_varlen(q, v, dropout=dropout):
-        query, key, value = (x[0].transpose(0, 1) for x in (q, k, v))
-        out = _varlen(
-            query,
-            key,
-            value,
+    if uses_varlen(q, v, dropout=dropout, slides=window is not None and prefix is not None):
+        return _in_one_kernel(
+            q,
+            k,
+            v,
             cu_seq_lens,
             # Any bound is right: the true longest would make the CPU wait for the GPU.
             max_length=max_length or q.shape[2],
             scaling=scaling,
             # (before, after), -1 for all.
             window=(-1 if window is None else window - 1, 0) if causal else (-1, -1),
+            prefix=prefix,
         )
-        return out.transpose(0, 1)[None]
     lengths = cu_seq_lens.diff().tolist()
     # One split and not a slice a segment: its backward is one concatenation.
     segments = zip(*(torch.split(x, lengths, dim=2) for x in (q, k, v)), strict=True)
+    extra = 0 if prefix is None else prefix[0].shape[2]
     outs = []
-    for query, key, value in segments:
-        mask = _band(query, window) if causal else None
+    for query, own_key, own_value in segments:
+        key, value = own_key, own_value
+        if prefix is not None:
+            key, value = (torch.cat(x, 2) for x in zip(prefix, (key, value), strict=True))
+        mask = _band(query, window, extra) if causal else None
         outs.append(
             F.scaled_dot_product_attention(
                 query,
@@ -77,7 +83,7 @@ def segment_attention(
                 value,
                 attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=causal and mask is None,
+                is_causal=causal and mask is None and query.shape[2] > 1,
                 scale=scaling,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
@@ -85,23 +91,38 @@ def segment_attention(
     return torch.cat(outs, dim=2)
 
 
-def uses_varlen(q: Tensor, v: Tensor, *, dropout: float = 0.0) -> bool:
-    """Return whether the variable-length kernel can take queries and values like these."""
+def uses_varlen(q: Tensor, v: Tensor, *, dropout: float = 0.0, slides: bool = False) -> bool:
+    """Return whether the variable-length kernel can take queries and values like these.
+
+    Args:
+        q: (batch, heads, tokens, head_dim).
+        v: (batch, kv_heads, tokens, head_dim).
+        dropout: probability of dropping an attention weight.
+        slides: whether there is a prefix and a window, which the kernel would slide past it.
+    """
     half = q.dtype in (torch.float16, torch.bfloat16)
     width = q.shape[-1] if q.shape[-1] == v.shape[-1] else None
-    return q.is_cuda and half and dropout == 0 and width is not None and width <= _VARLEN_HEAD_DIM
+    fits = width is not None and width <= _VARLEN_HEAD_DIM
+    return q.is_cuda and half and dropout == 0 and fits and not slides
 
 
-def _band(q: Tensor, window: int | None) -> Tensor | None:
-    """Return (length, length) bool of the last `window` tokens each sees, None if that is all."""
+def _band(q: Tensor, window: int | None, extra: int) -> Tensor | None:
+    """Return (length, extra + length) bool of what each token of a segment sees.
+
+    That is the `extra` keys in front and the last `window` tokens; None where a plain causal mask
+    or none at all says the same.
+    """
     length = q.shape[2]
-    if window is None or length <= window:
+    slides = window is not None and length > window
+    if not slides and (extra == 0 or length == 1):
         return None
-    everything = torch.ones(length, length, dtype=torch.bool, device=q.device)
-    return everything.tril().triu(1 - window)
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if window is not None and slides:
+        seen = seen.triu(1 - window)
+    return F.pad(seen, (extra, 0), value=True)
 
 
-def _varlen(
+def _in_one_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -110,8 +131,65 @@ def _varlen(
     max_length: int,
     scaling: float | None,
     window: tuple[int, int],
+    prefix: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Call the kernel; all tensors but the bounds are (tokens, heads, head_dim)."""
+    """Return what `segment_attention` does, from the variable-length kernel."""
+    query, key, value = (x[0].transpose(0, 1) for x in (q, k, v))
+    cu_keys, longest = cu_seq_lens, max_length
+    if prefix is not None:
+        extra = prefix[0].shape[2]
+        order, cu_keys = _before_each(cu_seq_lens, extra, key.shape[0])
+        key, value = (
+            torch.cat([x[0].transpose(0, 1), own])[order]
+            for x, own in zip(prefix, (key, value), strict=True)
+        )
+        longest += extra
+    # Where keys outnumber queries the kernel aligns their ends: a prefix is seen by all.
+    out = _varlen(
+        query,
+        key,
+        value,
+        (cu_seq_lens, cu_keys),
+        longest=(max_length, longest),
+        scaling=scaling,
+        window=window,
+    )
+    return out.transpose(0, 1)[None]
+
+
+def _before_each(cu_seq_lens: Tensor, extra: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return where [prefix | tokens] go so that every segment begins with the prefix.
+
+    Args:
+        cu_seq_lens: (segments + 1,) int32.
+        extra: length of the prefix.
+        tokens: of all segments.
+
+    Returns:
+        The index (segments * extra + tokens,) int64 into [prefix | tokens], and the new bounds.
+    """
+    device = cu_seq_lens.device
+    bounds = cu_seq_lens + extra * torch.arange(len(cu_seq_lens), device=device, dtype=torch.int32)
+    token = torch.arange(tokens, device=device)
+    segment = torch.searchsorted(cu_seq_lens[1:], token, right=True)
+    slot = torch.arange(extra, device=device)
+    order = torch.empty((len(cu_seq_lens) - 1) * extra + tokens, dtype=torch.int64, device=device)
+    order[token + extra * (segment + 1)] = token + extra
+    order[(bounds[:-1, None] + slot).flatten()] = slot.repeat(len(cu_seq_lens) - 1)
+    return order, bounds
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seq_lens: tuple[Tensor, Tensor],
+    *,
+    longest: tuple[int, int],
+    scaling: float | None,
+    window: tuple[int, int],
+) -> Tensor:
+    """Call the kernel; q, k, v are (tokens, heads, head_dim), the pairs are of (q, k)."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not _VARLEN_GQA:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -119,10 +197,8 @@ def _varlen(
         q,
         k,
         v,
-        cu_seq_lens,
-        cu_seq_lens,
-        max_length,
-        max_length,
+        *cu_seq_lens,
+        *longest,
         scale=scaling,
         window_size=window,
         **({"enable_gqa": groups > 1} if _VARLEN_GQA else {}),
