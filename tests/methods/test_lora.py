@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from tiny import tiny_gpt2, tiny_llama
 from tunesmith.errors import MethodError, TunesmithError
@@ -320,3 +320,17 @@ def test_bias_all_is_refused_where_a_bias_is_used_in_an_unknown_way() -> None:
     with pytest.raises(MethodError, match="odd is a GroupNorm"):
         attach(model, LoRA(rank=4, bias="all"))
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_bias_of_a_head_is_never_left_without_gradient_in_silence() -> None:
+    config = PhiConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    with pytest.raises(MethodError, match=r"method.bias: lm_head has a bias, .*; use none"):
+        attach(PhiForCausalLM(config), LoRA(rank=2, bias="all"))

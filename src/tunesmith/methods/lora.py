@@ -99,8 +99,11 @@ class LoRA(Method):
 
         Raises:
             MethodError: the rank exceeds a layer, a target is no site, the name is taken, a weight
-                that dora or init reads is quantised, or bias is all on a model without biases.
+                that dora or init reads is quantised, or bias is all on a model without biases or
+                with one on its head.
         """
+        if self.bias == "all" and sites.head is not None:
+            _require_no_bias(model.get_submodule(sites.head), sites.head)
         return attach_places(model, self.places(model, sites), self, name=name)
 
     def places(self, model: nn.Module, sites: Sites) -> list[Place]:
@@ -160,6 +163,18 @@ def _described(files: LoraFiles, sites: Sites) -> LoRA:
         dora=config.use_dora,
         bias="all" if files.biases else "none",
     )
+
+
+def _require_no_bias(head: nn.Module, path: str) -> None:
+    """Raise MethodError where the head has a bias: the loss reads it without running the head.
+
+    A bias beside it would get no gradient, and nobody would notice.
+    """
+    if "bias" in dict(head.named_parameters(recurse=False)):
+        raise MethodError(
+            f"method.bias: {path} has a bias, which the loss reads past any adapter, so it cannot "
+            "train; use none, or bitfit, which trains all biases but the head's"
+        )
 
 
 def attach_places(
