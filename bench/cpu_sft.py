@@ -125,7 +125,9 @@ def usage() -> tuple[float, float, float]:
 
 def work(side: str, data: Path, steps: int, *, autocast: bool) -> dict[str, Any]:
     """Run one side in this process and return what was measured."""
-    from tunesmith.measure.memory import peak_process_bytes
+    import torch
+
+    from tunesmith.engine.memory import peak_memory
 
     with tempfile.TemporaryDirectory() as folder:
         if side == "trl":
@@ -139,7 +141,7 @@ def work(side: str, data: Path, steps: int, *, autocast: bool) -> dict[str, Any]
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": statistics.median(rates[WARMUP - 1 :]),
-        "peak_bytes": peak_process_bytes(),
+        "peak_bytes": peak_memory(torch.device("cpu")),
         "losses": losses,
     }
 

@@ -1,1 +1,1 @@
-"""Metrics, intervals, memory, parity checks."""
+"""Metrics, intervals, parity checks."""
