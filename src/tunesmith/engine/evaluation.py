@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunesmith.errors import DataError
+from tunesmith.models.modes import evaluating
 from tunesmith.types import R
 
 if TYPE_CHECKING:
@@ -79,11 +80,5 @@ def _means(sums: dict[str, float], count: int, peers: Peers) -> dict[str, float]
 @contextmanager
 def measuring(module: nn.Module) -> Iterator[None]:
     """Put `module` in eval mode without gradients, and back into the mode each part had."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
+    with evaluating(module), torch.no_grad():
+        yield

@@ -16,7 +16,7 @@ from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.attention import enable_segments
 from tunesmith.models.chat import prepare_tokenizer
 from tunesmith.models.loading import load_model, load_tokenizer
-from tunesmith.models.precision import best_dtype
+from tunesmith.models.precision import DTYPES, best_dtype
 from tunesmith.models.zoo import cache_dir
 
 if TYPE_CHECKING:
@@ -169,8 +169,7 @@ def choose_dtypes(run: Run, device: torch.device) -> Dtypes:
     Raises:
         SpecError: products cannot be float32 over weights that are not.
     """
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    asked, precision = named.get(run.model.dtype), named.get(run.engine.precision)
+    asked, precision = DTYPES.get(run.model.dtype), DTYPES.get(run.engine.precision)
     compute = precision or asked or best_dtype(device)
     trains_all = run.method.base_dtype == "float32"
     weights = asked or (torch.float32 if trains_all else compute)

@@ -12,12 +12,12 @@ from tunesmith.errors import AdapterError, SpecError
 from tunesmith.jobs.proofs import merged_agrees, require, same_template
 from tunesmith.jobs.result import load_run
 from tunesmith.models.loading import load_model
+from tunesmith.models.precision import DTYPES
 from tunesmith.types import Proof
 
 if TYPE_CHECKING:
     from tunesmith.jobs.result import LoadedRun
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of logits, relative to the largest logit, by the dtype of the weights."""
 PROBE = (2, 32)

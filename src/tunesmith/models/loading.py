@@ -14,7 +14,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models.chat import prepare_tokenizer
 from tunesmith.models.gguf import first_line, load_gguf, load_gguf_tokenizer
 from tunesmith.models.hub import download
-from tunesmith.models.precision import best_dtype
+from tunesmith.models.precision import DTYPES, best_dtype
 from tunesmith.models.quiet import without_progress_bars
 from tunesmith.models.settings import ModelSettings
 from tunesmith.models.zoo import MODELS, near, zoo_model
@@ -107,8 +107,7 @@ def _as_settings(name_or_settings: str | ModelSettings) -> ModelSettings:
 
 
 def _dtype(settings: ModelSettings, device: torch.device | str) -> torch.dtype:
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return best_dtype(device) if settings.dtype == "auto" else named[settings.dtype]
+    return best_dtype(device) if settings.dtype == "auto" else DTYPES[settings.dtype]
 
 
 def _load_directory(

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
+
+DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""What settings call a dtype, to the dtype."""
 
 
 def best_dtype(device: torch.device | str) -> torch.dtype:
