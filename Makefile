@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test check lint types format clean
+.PHONY: install demo ladder test test-all matrix check lint types format clean
 
 install: $(INSTALLED)
 
@@ -16,8 +16,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## fine-tune the embedded default and show what it learned
 	$(BIN)/tunesmith demo
 
-test: install  ## the whole test suite
+ladder: install  ## features < last layers < full, and LoRA, on real weights and data
+	$(BIN)/tunesmith compare examples/ladder.yaml
+
+test: install  ## the test suite, with a sample of what takes minutes
+	$(BIN)/python -m pytest -q -n 2 -m "not exhaustive"
+
+test-all: install  ## all tests there are
 	$(BIN)/python -m pytest -q -n 2
+
+matrix: install  ## prove every method on every architecture and write the table of it
+	-$(BIN)/python -m pytest -q -n 2 tests/numerics --ignore tests/numerics/test_table.py --junitxml build/matrix.xml
+	PYTHONPATH=tests $(BIN)/python -m numerics.table build/matrix.xml docs/methods.md
 
 check: lint types
 

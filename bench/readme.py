@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tunesmith.jobs.evidence import findings_from
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 
@@ -68,10 +70,30 @@ def measured() -> str:
             "`bench/stream_jsonl.py`",
         ),
     ]
+    rows.append(compared(result("compare-sentiment")))
     lines = ["| what | result | written by |", "|---|---|---|"]
     lines += [f"| {what} | {found} | {program} |" for what, found, program in rows]
-    where = f"Measured on {machine(e2e['summary'])}; the files are in `bench/results`."
+    where = (
+        f"Measured on {machine(e2e['summary'])} where nothing else is said; "
+        "the files are in `bench/results`."
+    )
     return "\n".join([*lines, "", where])
+
+
+def compared(content: dict[str, Any]) -> tuple[str, str, str]:
+    """Return a row of the table for a comparison."""
+    findings = findings_from(content)
+    untuned = next(row for row in findings.rows if row.baseline)
+    best, *equal = findings.as_good_as_best()
+    device = findings.facts["hardware"]["cuda_devices"][0]
+    others = ", ".join(f"`{row.name}`" for row in equal)
+    return (
+        f"`examples/{findings.name}.yaml`: {len(findings.trained)} methods on "
+        f"{findings.facts['model']}, {len(best.values)} seeds of {best.steps} steps on an {device}",
+        f"{findings.metric} {untuned.quality:.1%} untuned, `{best.name}` {best.quality:.1%} "
+        f"(95 % interval {best.low:.1%} to {best.high:.1%}); not told from it: {others}",
+        "`tunesmith compare`",
+    )
 
 
 def machine(summary: dict[str, Any]) -> str:

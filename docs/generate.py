@@ -1,11 +1,17 @@
-"""Write docs/run-files.md out of the settings' own help texts: `python docs/generate.py`."""
+"""Write what the docs say of settings out of their own help texts: `python docs/generate.py`.
+
+That is docs/run-files.md, and the tables between the markers of docs/choosing.md.
+"""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from tunesmith.jobs.comparison_spec import Comparison
 from tunesmith.spec import schema
 
+HERE = Path(__file__).parent
 HEADER = """# Run files
 
 Every setting of a run file. All but `data.train` have defaults; a file holds only what differs. On
@@ -15,8 +21,27 @@ the command line the same settings are written with dots: `method.rank=32`,
 
 
 def main() -> None:
-    """Write the page beside this file."""
-    Path(__file__).with_name("run-files.md").write_text(page(), encoding="utf-8")
+    """Write the pages beside this file."""
+    for name, text in pages().items():
+        (HERE / name).write_text(text, encoding="utf-8")
+
+
+def pages() -> dict[str, str]:
+    """Return each page's text by its name."""
+    choosing = (HERE / "choosing.md").read_text(encoding="utf-8")
+    between = r"(?<=<!-- settings -->\n).*?(?=<!-- end settings -->)"
+    filled = re.sub(between, lambda _: comparison_tables(), choosing, flags=re.DOTALL)
+    return {"run-files.md": page(), "choosing.md": filled}
+
+
+def comparison_tables() -> str:
+    """Return the settings of a comparison file and of its variants, as Markdown."""
+    described = Comparison.model_json_schema()
+    parts = described["$defs"]
+    variant = ["", "A variant has:", "", *_table(parts["Variant"], parts)]
+    section = "`features`, of a variant and in the file of `tunesmith features`, has:"
+    features = ["", section, "", *_table(parts["FeatureSettings"], parts)]
+    return "\n".join([*_table(described, parts), *variant, *features, ""])
 
 
 def page() -> str:
@@ -81,7 +106,10 @@ def _values(facts: dict[str, Any], parts: dict[str, Any]) -> str:
 
 def _parts_of(facts: dict[str, Any]) -> list[str]:
     """Return the names of the settings classes that a field holds."""
-    references = [facts, facts.get("items", {}), *facts.get("oneOf", []), *facts.get("anyOf", [])]
+    options = [*facts.get("oneOf", []), *facts.get("anyOf", [])]
+    references = [facts, facts.get("items", {}), *options]
+    # One of several, or a list of them: a union inside a union.
+    references += [inner for option in options for inner in option.get("oneOf", [])]
     return [r["$ref"].rpartition("/")[2] for r in references if "$ref" in r]
 
 

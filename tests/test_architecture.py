@@ -108,5 +108,7 @@ def test_importing_tunesmith_and_its_help_stay_light() -> None:
 def test_nothing_runs_code_out_of_a_file() -> None:
     for path in FILES:
         text = path.read_text()
-        assert "torch.load(" not in text, path
+        # AdapterHub's format is a pickle, of which PyTorch reads the tensors and refuses the rest.
+        tensors_only = path.name == "adapterhub_files.py" and text.count("weights_only=True") == 1
+        assert text.count("torch.load(") == int(tensors_only), path
         assert "import pickle" not in text, path

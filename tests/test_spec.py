@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tunesmith import LoRA, Run, Source
+from tunesmith import LoRA, PrefixTuning, Run, Source
 from tunesmith.errors import SpecError
 from tunesmith.spec import load_run_file, schema
 
@@ -46,6 +46,26 @@ def test_the_resolved_file_runs_again_as_it_stands(tmp_path: Path) -> None:
     assert first.train.learning_rate == first.method.default_learning_rate
 
 
+def test_several_methods_are_a_list_and_keep_their_own_rates(tmp_path: Path) -> None:
+    text = "method:\n- {name: lora, rank: 3}\n- {name: prefix_tuning}\n"
+    run = load_run_file(write(tmp_path, MINIMAL + text), ["method.1.length=7"])
+    assert run.method == [LoRA(rank=3), PrefixTuning(length=7)]
+    assert run.methods == tuple(run.method)
+    assert run.method_name == "lora+prefix_tuning"
+    assert run.resolved().train.learning_rate is None
+    again = tmp_path / "run.yaml"
+    again.write_text(run.resolved().to_yaml())
+    assert load_run_file(again) == run.resolved()
+    same_rates = run.model_copy(update={"method": [LoRA(), LoRA(targets=["mlp.up"])]})
+    assert same_rates.resolved().train.learning_rate == LoRA.default_learning_rate
+
+
+def test_one_method_is_a_sequence_of_one(tmp_path: Path) -> None:
+    run = load_run_file(write(tmp_path, MINIMAL))
+    assert run.methods == (LoRA(),)
+    assert run.method_name == "lora"
+
+
 def test_paths_are_resolved_and_names_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +85,14 @@ def test_paths_are_resolved_and_names_are_not(
         ("method: {name: lora, rank: 0}\n", ["mine.yaml:4: method.rank: 0", "greater than"]),
         ("method: {name: lora, rank: many}\n", ["mine.yaml:4: method.rank: 'many'", "integer"]),
         ("method: lora\n", ["mine.yaml:4: method", "mapping"]),
+        ("method: []\n", ["mine.yaml:4: method: []", "at least 1"]),
+        ("method: [lora]\n", ["mine.yaml:4: method.0: 'lora'", "mapping"]),
+        ("method:\n- name: ia3\n- rank: 0\n", ["mine.yaml:6: method.1.rank: 0", "greater than"]),
+        (
+            "method:\n- {}\n- rnk: 3\n",
+            ["mine.yaml:6: method.1.rnk: unknown key", "'rank'?; known here: alpha, bias"],
+        ),
+        ("method: [{name: lorra}]\n", ["mine.yaml:4: method.0.name: 'lorra' is", "'lora'"]),
         ("train: {schedule: cosin}\n", ["mine.yaml:4: train.schedule: 'cosin'", "'cosine'"]),
         ("train: {batch_size: 0}\n", ["mine.yaml:4: train.batch_size: 0"]),
         ("name: a/b\n", ["mine.yaml:4: name: 'a/b'"]),
@@ -124,7 +152,10 @@ def test_every_setting_is_documented() -> None:
             assert key == "name" or value.get("description"), f"{name}.{key} has no help text"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+RUN_FILES = [path for path in sorted(EXAMPLES.glob("*.yaml")) if "compare" not in path.stem]
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
 def test_every_example_parses(path: Path) -> None:
     run = load_run_file(path)
     assert run.name == path.stem

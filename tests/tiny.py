@@ -2,11 +2,15 @@
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 VOCAB = 300
@@ -52,6 +56,46 @@ def tiny_gpt2(**changes: object) -> GPT2LMHeadModel:
         "pad_token_id": 2,
     } | changes
     return GPT2LMHeadModel(GPT2Config(**settings)).eval()
+
+
+def tiny_t5(**changes: object) -> T5ForConditionalGeneration:
+    """A T5 of two blocks a stack with a gated feed-forward, float32, in eval mode, no dropout."""
+    settings = {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "decoder_start_token_id": 2,
+    } | changes
+    return T5ForConditionalGeneration(T5Config(**settings)).eval()
+
+
+def tiny_bart(**changes: object) -> BartForConditionalGeneration:
+    """A BART of two blocks a stack, float32, in eval mode, no dropout."""
+    settings = {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 256,
+        "dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": None,
+    } | changes
+    return BartForConditionalGeneration(BartConfig(**settings)).eval()
 
 
 def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:

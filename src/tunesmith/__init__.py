@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tunesmith.jobs.train import train
     from tunesmith.methods import (
         IA3,
+        MAM,
         AdaLoRA,
         Adapter,
         BitFit,
@@ -34,14 +35,18 @@ if TYPE_CHECKING:
         LoRA,
         PrefixTuning,
         PromptTuning,
+        PTuning,
         PTuningV2,
+        ReFT,
+        UniPELT,
         VeRA,
     )
     from tunesmith.methods.storage import load_adapter
     from tunesmith.methods.tuned import TunedModel, attach
+    from tunesmith.models.heads import Head
     from tunesmith.models.loading import load_model
     from tunesmith.models.settings import ModelSettings
-    from tunesmith.objectives import SFT
+    from tunesmith.objectives import SFT, Classification, TokenClassification
     from tunesmith.spec import Run
 
 _WHERE = {
@@ -52,11 +57,18 @@ _WHERE = {
     "Compacter": "tunesmith.methods",
     "DiffPruning": "tunesmith.methods",
     "LlamaAdapter": "tunesmith.methods",
+    "PTuning": "tunesmith.methods",
     "PTuningV2": "tunesmith.methods",
     "PrefixTuning": "tunesmith.methods",
     "PromptTuning": "tunesmith.methods",
+    "ReFT": "tunesmith.methods",
+    "MAM": "tunesmith.methods",
+    "UniPELT": "tunesmith.methods",
     "VeRA": "tunesmith.methods",
+    "Classification": "tunesmith.objectives",
+    "Head": "tunesmith.models.heads",
     "SFT": "tunesmith.objectives",
+    "TokenClassification": "tunesmith.objectives",
     "CheckpointSettings": "tunesmith.engine.settings",
     "DataSettings": "tunesmith.data.settings",
     "EngineSettings": "tunesmith.engine.settings",
@@ -81,30 +93,37 @@ _WHERE = {
 
 __all__ = [
     "IA3",
+    "MAM",
     "SFT",
     "AdaLoRA",
     "Adapter",
     "BitFit",
     "CheckpointSettings",
+    "Classification",
     "Compacter",
     "DataSettings",
     "DiffPruning",
     "EngineSettings",
     "EvaluationSettings",
     "Full",
+    "Head",
     "LastLayer",
     "LlamaAdapter",
     "LoRA",
     "ModelSettings",
+    "PTuning",
     "PTuningV2",
     "PrefixTuning",
     "PromptTuning",
+    "ReFT",
     "Run",
     "Source",
+    "TokenClassification",
     "TrackingSettings",
     "TrainSettings",
     "TunedModel",
     "TunesmithError",
+    "UniPELT",
     "VeRA",
     "__version__",
     "attach",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from tunesmith.data.settings import DataSettings, Source
@@ -29,6 +29,20 @@ from tunesmith.objectives import SFT, ObjectiveUnion
 from tunesmith.settings import Settings
 from tunesmith.yaml_text import Place, dotted, parse_mapping, parse_value
 
+_ONE, _SEVERAL = "one method", "several methods"
+
+
+def _how_many(value: object) -> str:
+    """Return the tag of one method, or of several in a list."""
+    return _SEVERAL if isinstance(value, list | tuple) else _ONE
+
+
+Methods = Annotated[
+    Annotated[MethodUnion, Tag(_ONE)]
+    | Annotated[list[MethodUnion], Field(min_length=1), Tag(_SEVERAL)],
+    Discriminator(_how_many),
+]
+
 
 class Run(Settings):
     """One training job: model, method, objective, data and engine settings."""
@@ -41,8 +55,9 @@ class Run(Settings):
     """Decides initial weights, data order and dropout."""
     model: ModelSettings = ModelSettings()
     """The base model."""
-    method: Annotated[MethodUnion, Field(discriminator="name")] = LoRA()
-    """What is trained."""
+    method: Methods = LoRA()
+    """What is trained: one method, or a list of methods side by side, each of which then learns at
+    its own default rate where train.learning_rate is not given."""
     objective: Annotated[ObjectiveUnion, Field(discriminator="name")] = SFT()
     """What is optimised."""
     data: DataSettings
@@ -63,8 +78,23 @@ class Run(Settings):
         """The run directory."""
         return Path(self.output) / self.name
 
+    @property
+    def methods(self) -> tuple[MethodUnion, ...]:
+        """What is trained, as a sequence also where it is one method."""
+        return tuple(self.method) if isinstance(self.method, list) else (self.method,)
+
+    @property
+    def method_name(self) -> str:
+        """The method's name; several are joined as in lora+prefix_tuning."""
+        return "+".join(method.name for method in self.methods)
+
     def resolved(self) -> Run:
-        """Return this run with absolute paths and the learning rate the method would take."""
+        """Return this run with absolute paths and the learning rate the method would take.
+
+        Methods whose default rates differ keep each its own, which no single number says.
+        """
+        rates = {method.default_learning_rate for method in self.methods}
+        own = rates.pop() if len(rates) == 1 else None
         return self.model_copy(
             update={
                 "output": os.path.abspath(self.output),
@@ -76,10 +106,7 @@ class Run(Settings):
                     }
                 ),
                 "train": self.train.model_copy(
-                    update={
-                        "learning_rate": self.train.learning_rate
-                        or self.method.default_learning_rate
-                    }
+                    update={"learning_rate": self.train.learning_rate or own}
                 ),
             }
         )
@@ -96,6 +123,19 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         SpecError: the file is missing or says something that no run can mean; every problem is a
             line of the message, with file, line and key.
     """
+    values, lines = read_values(path, overrides)
+    values.setdefault("name", Path(path).stem)
+    return validate(values, source=str(path), lines=lines)
+
+
+def read_values(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[Place, int]]:
+    """Return what a run file says with overrides applied, unchecked, and the line of each key.
+
+    Raises:
+        SpecError: the file is missing or no mapping, or an override is none.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -104,10 +144,9 @@ def load_run_file(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not a text file in UTF-8 ({error.reason})") from error
     values, lines = parse_mapping(text, str(path))
-    values.setdefault("name", path.stem)
     for override in overrides:
         apply_override(values, override, lines)
-    return validate(values, source=str(path), lines=lines)
+    return values, lines
 
 
 def apply_override(values: dict[str, Any], override: str, lines: dict[Place, int]) -> None:
@@ -148,8 +187,9 @@ def validate(values: Mapping[str, Any], *, source: str, lines: Mapping[Place, in
     Raises:
         SpecError: a line for every unknown key and wrong value.
     """
+    values = _with_default_names(values)
     try:
-        return Run.model_validate(_with_default_names(values))
+        return Run.model_validate(values)
     except ValidationError as error:
         problems = [
             f"{_position(source, place, lines)}: {_explain(problem, place, values)}"
@@ -161,10 +201,17 @@ def validate(values: Mapping[str, Any], *, source: str, lines: Mapping[Place, in
 
 def _with_default_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Let `method.rank: 8` alone mean the default method."""
+
+    def with_name(part: Any, default: str) -> Any:
+        return {"name": default} | dict(part) if isinstance(part, Mapping) else part
+
     named = dict(values)
     for part, default in (("method", LoRA().name), ("objective", SFT().name)):
-        if isinstance(named.get(part), Mapping):
-            named[part] = {"name": default} | dict(named[part])
+        given = named.get(part)
+        if isinstance(given, list):
+            named[part] = [with_name(item, default) for item in given]
+        elif part in named:
+            named[part] = with_name(given, default)
     return named
 
 
@@ -181,6 +228,8 @@ def _place(location: Sequence[str | int], values: Any) -> Place:
     """Drop what pydantic adds to a location (the tag of a union) so that the YAML path is left."""
     place: list[str | int] = []
     for position, part in enumerate(location):
+        if part in {_ONE, _SEVERAL}:
+            continue
         last = position == len(location) - 1
         if isinstance(values, Mapping) and (part in values or last):
             place.append(part)
@@ -238,10 +287,9 @@ def _known_keys(place: Place, values: Any) -> list[str]:
     candidates: list[type[BaseModel]] = [Run]
     for part in place:
         values = values[part]
-        if isinstance(part, int):
-            continue
-        fields = [model.model_fields[part] for model in candidates if part in model.model_fields]
-        candidates = [model for field in fields for model in _models_in(field.annotation)]
+        if isinstance(part, str):
+            fields = [m.model_fields[part] for m in candidates if part in m.model_fields]
+            candidates = [model for field in fields for model in _models_in(field.annotation)]
         named = [model for model in candidates if _has_name(model.model_fields, values)]
         candidates = named or candidates
     return sorted({name for model in candidates for name in model.model_fields})

@@ -18,8 +18,16 @@ Keys for token objectives, all int64 unless said:
   input_ids, labels, position_ids: (batch, length); `labels[b, t]` is `input_ids[b, t]` where
     supervised, else IGNORE (the shift by one happens in the loss).
   Padded batches: attention_mask (batch, length), 1 = real token.
+  Encoder-decoders: input_ids and attention_mask are of what is read (batch, read length), and
+    decoder_input_ids and labels of what is written (batch, written length); `labels[b, t]` is what
+    position t has to predict, IGNORE behind the end.
   Padding-free batches (batch = 1, segments side by side): cu_seq_lens_q and cu_seq_lens_k
     (segments + 1,) int32 on the CPU, max_length_q and max_length_k int; no attention_mask.
+
+For classification `labels` are of texts: (texts,) int64, (texts, classes) float32 where a text has
+  several, (texts,) float32 for a regression; or of tokens, (batch, length) int64, else IGNORE.
+  token_type_ids (batch, length) int64 where the tokenizer tells two texts apart;
+  class_weights (classes,) float32 where classes are weighted.
 """
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
@@ -31,8 +39,9 @@ class LossTerms(NamedTuple):
     total: Tensor
     """() float32: the loss summed over this batch, not yet divided."""
     # Hides tuple.count, which nobody asks of a loss; pytrees (FSDP) know named tuples only.
-    count: int  # type: ignore[assignment]
-    """What `total` is divided by, summed over the whole effective batch (supervised tokens)."""
+    count: float  # type: ignore[assignment]
+    """What `total` is divided by, summed over the whole effective batch (supervised tokens, texts,
+    or the weights of texts)."""
     metrics: dict[str, Tensor]
     """Further sums over the batch, detached, divided by the same count when reported."""
 

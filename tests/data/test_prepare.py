@@ -138,12 +138,13 @@ def test_no_evaluation_is_empty(tmp_path: Path) -> None:
 def test_a_holdout_is_disjoint_and_fixed(tmp_path: Path, holdout: float, rows: int) -> None:
     found = prepared(tmp_path, exchanges(40), holdout=holdout)
     again = prepared(tmp_path, exchanges(40)[::-1], holdout=holdout)
-    other = prepared(tmp_path, exchanges(40), holdout=holdout, seed=1)
-    held, same, different = (
-        {p.messages[0]["content"] for p in data.prompts} for data in (found, again, other)
+    reseeded = prepared(tmp_path, exchanges(40), holdout=holdout, seed=1)
+    other = prepared(tmp_path, exchanges(40), holdout=holdout, holdout_seed=1)
+    held, same, also, different = (
+        {p.messages[0]["content"] for p in data.prompts} for data in (found, again, reseeded, other)
     )
     assert len(held) == len(found.evaluation) == rows
-    assert held == same != different
+    assert held == same == also != different
     trained = "".join(texts(found.train.take(found.train.rows_per_epoch), TOKENIZER))
     assert all(f"user\n{prompt}<|im_end|>" not in trained for prompt in held)
     assert found.train_report.kept == 40 - rows

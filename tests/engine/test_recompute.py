@@ -65,3 +65,11 @@ def test_an_architecture_that_cannot_recompute_is_refused() -> None:
         recomputing(model, FULL),
     ):
         pass
+
+
+def test_the_cache_is_off_while_recomputing_and_then_as_it_was() -> None:
+    model = tiny_llama()
+    assert model.config.use_cache
+    with recomputing(model, FULL):
+        assert not model.config.use_cache
+    assert model.config.use_cache

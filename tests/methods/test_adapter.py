@@ -149,7 +149,7 @@ def test_no_activation_is_kept_after_a_forward_pass(trained: Trained, input_ids:
     model = tiny_llama()
     trained(attach(model, Adapter(placement="parallel", bottleneck=4)))
     model(input_ids)
-    assert all(layer.mlp.up_proj.adapter_default.seen is None for layer in model.model.layers)
+    assert all(layer.mlp.up_proj.adapter_default_input.seen is None for layer in model.model.layers)
 
 
 def test_a_copy_of_a_parallel_adapter_reads_its_own_input(

@@ -104,7 +104,7 @@ def test_the_start_is_glorot_and_small() -> None:
     [
         (Compacter(products=5, bottleneck=10), "5 does not divide the model's width 32"),
         (Compacter(bottleneck=6), "4 does not divide the bottleneck 6"),
-        (Compacter(), "4 does not divide the bottleneck 1"),
+        (Compacter(products=5), "5 does not divide the model's width 32"),
         (Compacter(reduction_factor=33), "33 leaves nothing of the model's width 32"),
     ],
 )
@@ -114,6 +114,32 @@ def test_sizes_that_do_not_divide_are_refused(method: Compacter, message: str) -
     with pytest.raises(MethodError, match=message):
         attach(model, method)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("width", "method", "size"),
+    [
+        (576, Compacter(), 20),  # SmolLM2's: 576 / 32 = 18, which 4 does not divide
+        (768, Compacter(), 24),
+        (576, Compacter(products=8), 24),
+        (48, Compacter(products=16, reduction_factor=3), 16),
+        (32, Compacter(), 4),
+    ],
+)
+def test_a_bottleneck_that_nobody_set_is_a_multiple_of_the_products(
+    width: int, method: Compacter, size: int
+) -> None:
+    module = method.module(width, SharedA(method.products))
+    assert module.down(torch.randn(1, width)).shape == (1, size)
+    assert module.act(nn.Identity(), (), torch.randn(1, width)).shape == (1, width)
+
+
+def test_the_default_attaches_to_any_width_that_the_products_divide(input_ids: Tensor) -> None:
+    model = tiny_llama(hidden_size=72)  # 72 / 32 = 2
+    before = model(input_ids).logits
+    tuned = attach(model, Compacter())
+    assert torch.equal(model(input_ids).logits, before)
+    assert len(tuned.attachments[0].children) == 1 + 2 * 2
 
 
 def test_two_sizes_are_refused() -> None:

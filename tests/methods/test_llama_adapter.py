@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 
 import peft
 import pytest
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from families import FAMILIES, VOCAB
+from families import DECODERS, VOCAB
 from tunesmith.errors import MethodError
 from tunesmith.methods import LlamaAdapter
 from tunesmith.methods.llama_adapter import GatedPrompt
+from tunesmith.methods.storage import load_adapter
 from tunesmith.methods.tuned import TunedModel, attach
 
 Trained = Callable[[TunedModel], TunedModel]
@@ -24,7 +26,7 @@ def pairs(tuned: TunedModel) -> list[GatedPrompt]:
 
 
 def test_pefts_weights_give_pefts_logits_and_gradients(trained: Trained) -> None:
-    base = FAMILIES["llama"]()
+    base = DECODERS["llama"]()
     config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM")
     reference = peft.get_peft_model(deepcopy(base), config)
     tuned = trained(attach(base, LlamaAdapter(length=3, layers=2)))
@@ -43,6 +45,33 @@ def test_pefts_weights_give_pefts_logits_and_gradients(trained: Trained) -> None
         torch.testing.assert_close((ours.g.grad / slope).sum()[None], theirs.adaption_gate.grad)
 
 
+@pytest.mark.parametrize("who", ["ours", "theirs"])
+def test_pefts_files_go_both_ways(who: str, trained: Trained, tmp_path: Path) -> None:
+    base = DECODERS["llama"]()
+    if who == "ours":
+        tuned = trained(attach(deepcopy(base), LlamaAdapter(length=3, layers=2, gate="layer")))
+        tuned.export_peft(tmp_path)
+        reference = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path)
+    else:
+        config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM")
+        reference = peft.get_peft_model(deepcopy(base), config)
+        with torch.no_grad():
+            for layer in reference.base_model.model.model.layers:
+                layer.self_attn.adaption_gate.fill_(1.7)  # no tanh of anything
+        reference.save_pretrained(tmp_path)
+        tuned = load_adapter(deepcopy(base), tmp_path)
+    expected = reference(IDS).logits
+    assert not torch.allclose(expected, base(IDS).logits, atol=1e-3)
+    torch.testing.assert_close(tuned.model(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_peft_does_not_compute_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="one plain gate a layer"):
+        attach(DECODERS["llama"](), LlamaAdapter(layers=1)).export_peft(tmp_path / "a")
+    with pytest.raises(MethodError, match="not on a gpt2"):
+        attach(DECODERS["gpt2"](), LlamaAdapter(layers=1, gate="layer")).export_peft(tmp_path / "b")
+
+
 def heads(x: Tensor, count: int) -> Tensor:
     """(1, length, count * head_dim) to (1, 4 heads, length, head_dim)."""
     x = x.view(1, x.shape[1], count, -1).transpose(1, 2)
@@ -51,7 +80,7 @@ def heads(x: Tensor, count: int) -> Tensor:
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gpt_neox", "phi3"])
 def test_the_papers_formula_with_each_way_to_make_keys(family: str, trained: Trained) -> None:
-    model = FAMILIES[family]()
+    model = DECODERS[family]()
     tuned = trained(attach(model, LlamaAdapter(length=3, layers=1)))
     ((path, child),) = tuned.attachments[0].children.items()
     attention = model.get_submodule(path.rpartition(".")[0])
@@ -77,7 +106,7 @@ def test_the_papers_formula_with_each_way_to_make_keys(family: str, trained: Tra
 
 
 def test_the_attentions_output_gains_the_gated_softmax_over_the_prompts(trained: Trained) -> None:
-    model = FAMILIES["llama"]().double()
+    model = DECODERS["llama"]().double()
     tuned = trained(attach(model, LlamaAdapter(length=3, layers=1)))
     child = pairs(tuned)[0].double()
     attention, seen = model.model.layers[1].self_attn, {}
@@ -111,25 +140,25 @@ def test_llama_7b_has_1_2_million() -> None:
 
 
 def test_only_the_top_layers_have_prompts() -> None:
-    tuned = attach(FAMILIES["llama"](), LlamaAdapter(layers=1))
+    tuned = attach(DECODERS["llama"](), LlamaAdapter(layers=1))
     assert all(".layers.1." in name for name in tuned.trainable())
-    assert len(attach(FAMILIES["llama"](), LlamaAdapter()).trainable()) == 2
+    assert len(attach(DECODERS["llama"](), LlamaAdapter()).trainable()) == 2
 
 
 def test_more_layers_than_there_are_is_refused() -> None:
     with pytest.raises(MethodError, match=r"method\.layers: 3 is more than the 2 layers"):
-        attach(FAMILIES["llama"](), LlamaAdapter(layers=3))
+        attach(DECODERS["llama"](), LlamaAdapter(layers=3))
 
 
 def test_the_first_step_moves_the_gates_only() -> None:
-    tuned = attach(FAMILIES["llama"](), LlamaAdapter(layers=2))
+    tuned = attach(DECODERS["llama"](), LlamaAdapter(layers=2))
     tuned.model(IDS, labels=IDS).loss.backward()
     for name, parameter in tuned.trainable().items():
         assert bool(parameter.grad.any()) == name.endswith(".g")
 
 
 def test_a_gated_prompt_is_a_module_of_the_layer() -> None:
-    model: PreTrainedModel = FAMILIES["opt"]()
+    model: PreTrainedModel = DECODERS["opt"]()
     attach(model, LlamaAdapter(layers=1))
     child: nn.Module = model.model.decoder.layers[1].self_attn.llama_adapter_default
     assert [tuple(p.shape) for p in child.parameters()] == [(10, 32), (4,)]

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from transformers import DynamicCache, PreTrainedModel
 
-from families import FAMILIES, VOCAB
+from families import DECODERS, VOCAB
 from tunesmith.errors import MethodError
 from tunesmith.methods import PTuningV2
 from tunesmith.methods.tuned import TunedModel, attach
@@ -16,7 +16,12 @@ Trained = Callable[[TunedModel], TunedModel]
 IDS = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES.keys())
+# A short sliding window loses sight of a past in the cache, but not of what stands before the text.
+WINDOWED = {"gemma2", "gemma3_text", "mistral"}
+UNWINDOWED = {name: make for name, make in DECODERS.items() if name not in WINDOWED}
+
+
+@pytest.mark.parametrize("make", UNWINDOWED.values(), ids=UNWINDOWED.keys())
 def test_prompts_are_a_past_that_the_text_follows(
     make: Callable[[], PreTrainedModel], trained: Trained
 ) -> None:
@@ -33,14 +38,14 @@ def test_prompts_are_a_past_that_the_text_follows(
 
 
 def test_the_start_is_small_and_random() -> None:
-    tuned = attach(FAMILIES["llama"](), PTuningV2(length=100))
+    tuned = attach(DECODERS["llama"](), PTuningV2(length=100))
     for parameter in tuned.trainable().values():
         assert parameter.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_peft_has_no_format_of_its_own_for_it(tmp_path: object) -> None:
     with pytest.raises(MethodError, match="PEFT has no format"):
-        attach(FAMILIES["llama"](), PTuningV2()).attachments[0].export_peft()
+        attach(DECODERS["llama"](), PTuningV2()).attachments[0].export_peft()
 
 
 @pytest.mark.parametrize("wrong", [{"length": 0}, {"std": 0}])

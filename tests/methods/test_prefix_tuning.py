@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, PreTrainedModel
 
-from families import FAMILIES, VOCAB, tiny_bloom, tiny_gemma2
+from families import DECODERS, VOCAB, tiny_gemma2, tiny_gptj
 from tunesmith.errors import AdapterError, MethodError
 from tunesmith.methods import LlamaAdapter, LoRA, PrefixTuning, PTuningV2
 from tunesmith.methods.contract import Method
@@ -28,7 +28,15 @@ from tunesmith.models.settings import ModelSettings
 
 Trained = Callable[[TunedModel], TunedModel]
 IDS = torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
-every_family = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES.keys())
+WINDOWED = {"gemma2", "gemma3_text", "mistral"}
+UNWINDOWED = {name: make for name, make in DECODERS.items() if name not in WINDOWED}
+"""PEFT puts a prefix into the cache, where a short sliding window loses sight of it."""
+every_family = pytest.mark.parametrize(
+    "make",
+    # PEFT makes as many key heads as Falcon's config has, which with multi_query has one.
+    [make for name, make in UNWINDOWED.items() if name != "falcon"],
+    ids=[name for name in UNWINDOWED if name != "falcon"],
+)
 
 
 def peft_prefix(base: PreTrainedModel, directory: Path, **settings: object) -> PeftModel:
@@ -39,7 +47,7 @@ def peft_prefix(base: PreTrainedModel, directory: Path, **settings: object) -> P
     return model.eval()
 
 
-@pytest.mark.parametrize("make", [*FAMILIES.values(), tiny_gemma2], ids=[*FAMILIES, "gemma2"])
+@pytest.mark.parametrize("make", [*UNWINDOWED.values(), tiny_gemma2], ids=[*UNWINDOWED, "gemma2"])
 def test_the_start_is_the_base_with_the_tokens_in_front(
     make: Callable[[], PreTrainedModel],
 ) -> None:
@@ -100,7 +108,7 @@ def test_the_same_prefix_gets_pefts_gradients(
 
 
 def test_the_network_is_the_papers_formula() -> None:
-    layers = [AttentionLayer(f"{i}", 4, 2, 3, 3, torch.device("cpu")) for i in range(2)]
+    layers = [AttentionLayer(f"{i}", "decoder", 4, 2, 3, 3, torch.device("cpu")) for i in range(2)]
     encoder = Encoder(PrefixTuning(length=5, reparametrise=True, hidden=7), 6, layers).double()
     inner, outer = encoder.inner, encoder.outer
     P = torch.tanh(encoder.P @ inner.weight.T + inner.bias) @ outer.weight.T + outer.bias
@@ -130,7 +138,7 @@ def test_the_network_trains_and_is_dropped_when_saved(
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_the_network_gets_the_same_gradients_with_checkpointing(trained: Trained) -> None:
-    tuned = trained(attach(FAMILIES["llama"](), PrefixTuning(length=3, reparametrise=True)))
+    tuned = trained(attach(DECODERS["llama"](), PrefixTuning(length=3, reparametrise=True)))
     tuned.model.train()
 
     def gradients() -> list[Tensor]:
@@ -153,7 +161,7 @@ def test_a_text_starts_the_prefix(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("method", [PrefixTuning(length=3), PTuningV2(length=3), LlamaAdapter()])
 def test_a_static_cache_generates_like_a_dynamic_one(method: Method, trained: Trained) -> None:
-    model = trained(attach(FAMILIES["qwen3"](), method)).model
+    model = trained(attach(DECODERS["qwen3"](), method)).model
     mask = torch.ones_like(IDS)
     mask[1, :3] = 0
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
@@ -202,7 +210,7 @@ def test_scores_that_are_capped_stay_eager_attention_bit_for_bit(trained: Traine
 
 
 def test_methods_in_the_attention_compose_with_each_other_and_lora(trained: Trained) -> None:
-    model = FAMILIES["llama"]()
+    model = DECODERS["llama"]()
     base = model(IDS).logits
     tuned = attach(model, PrefixTuning(length=3), LlamaAdapter(), LoRA(rank=2), name="a")
     tuned = trained(attach(tuned, PrefixTuning(length=2), name="b"))
@@ -217,7 +225,7 @@ def test_methods_in_the_attention_compose_with_each_other_and_lora(trained: Trai
 
 
 def test_segments_can_be_enabled_before_or_after(trained: Trained) -> None:
-    model = FAMILIES["llama"]()
+    model = DECODERS["llama"]()
     tuned = attach(model, PrefixTuning(length=3))
     assert enable_segments(model)
     tuned.detach()
@@ -228,7 +236,7 @@ def test_segments_can_be_enabled_before_or_after(trained: Trained) -> None:
 
 
 def test_positions_are_counted_without_padding(trained: Trained) -> None:
-    model = trained(attach(FAMILIES["gpt2"](), PrefixTuning(length=3))).model
+    model = trained(attach(DECODERS["gpt2"](), PrefixTuning(length=3))).model
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
     padded = model(IDS[:1], attention_mask=mask).logits[:, 2:]
     alone = model(IDS[:1, 2:]).logits
@@ -238,7 +246,7 @@ def test_positions_are_counted_without_padding(trained: Trained) -> None:
 
 
 def test_a_cache_counts_positions_on() -> None:
-    model = attach(FAMILIES["gpt2"](), PrefixTuning(length=3)).model
+    model = attach(DECODERS["gpt2"](), PrefixTuning(length=3)).model
     expected = model(IDS).logits[:, 4:]
     first = model(IDS[:, :4], use_cache=True)
     rest = model(IDS[:, 4:], past_key_values=first.past_key_values).logits
@@ -255,16 +263,16 @@ def test_parameters_are_two_vectors_a_position_and_layer() -> None:
 
 @pytest.mark.parametrize("method", [PrefixTuning(), PTuningV2(), LlamaAdapter()])
 def test_attention_that_is_not_routed_is_refused(method: Method) -> None:
-    model = tiny_bloom()
+    model = tiny_gptj()
     names = [name for name, _ in model.named_modules()]
-    with pytest.raises(MethodError, match=r"BloomForCausalLM has attention code of its own.* lora"):
+    with pytest.raises(MethodError, match=r"GPTJForCausalLM has attention code of its own.* lora"):
         attach(model, method)
     assert [name for name, _ in model.named_modules()] == names
 
 
 @pytest.mark.parametrize("method", [PrefixTuning(), PTuningV2(), LlamaAdapter()])
 def test_another_attention_than_sdpa_is_refused(method: Method) -> None:
-    model = FAMILIES["llama"]()
+    model = DECODERS["llama"]()
     model.set_attn_implementation("eager")
     with pytest.raises(MethodError, match=r"model\.attention: .*'eager'.*; use auto"):
         attach(model, method)
@@ -273,7 +281,7 @@ def test_another_attention_than_sdpa_is_refused(method: Method) -> None:
 
 @pytest.mark.parametrize("method", [PrefixTuning(), PTuningV2(), LlamaAdapter()])
 def test_attention_that_is_changed_later_is_noticed(method: Method) -> None:
-    tuned = attach(FAMILIES["llama"](), method)
+    tuned = attach(DECODERS["llama"](), method)
     tuned.model.set_attn_implementation("sdpa")
     with pytest.raises(MethodError, match="changed to 'sdpa'"):
         tuned.model(IDS)
@@ -283,7 +291,7 @@ def test_attention_that_is_changed_later_is_noticed(method: Method) -> None:
 
 @pytest.mark.parametrize("method", [PrefixTuning(length=128), PTuningV2(length=128)])
 def test_a_prefix_longer_than_the_context_is_refused(method: Method) -> None:
-    model = FAMILIES["llama"]()
+    model = DECODERS["llama"]()
     with pytest.raises(MethodError, match=r"method\.length: a prefix of 128 .* at most 127"):
         attach(model, method)
     assert model.config._attn_implementation == "sdpa"
@@ -291,14 +299,14 @@ def test_a_prefix_longer_than_the_context_is_refused(method: Method) -> None:
 
 
 def test_a_text_longer_than_the_positions_left_is_refused() -> None:
-    model = attach(FAMILIES["gpt2"](), PTuningV2(length=100)).model
+    model = attach(DECODERS["gpt2"](), PTuningV2(length=100)).model
     with pytest.raises(MethodError, match="100 and 29 tokens are more than the 128 positions"):
         model(torch.zeros(1, 29, dtype=torch.int64))
     model(torch.zeros(1, 28, dtype=torch.int64))
 
 
 def test_the_same_name_twice_is_refused() -> None:
-    tuned = attach(FAMILIES["llama"](), PrefixTuning(length=2))
+    tuned = attach(DECODERS["llama"](), PrefixTuning(length=2))
     with pytest.raises(MethodError, match="named 'default' is already attached"):
         attach(tuned, PrefixTuning(length=3))
 
@@ -320,23 +328,23 @@ def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
 
 def test_a_text_needs_a_tokenizer_and_tokens(tiny_model: Path) -> None:
     with pytest.raises(MethodError, match=r"method\.text: .* no tokenizer"):
-        attach(FAMILIES["llama"](), PrefixTuning(init="text", text="words"))
+        attach(DECODERS["llama"](), PrefixTuning(init="text", text="words"))
     with pytest.raises(MethodError, match=r"method\.text: it has no tokens"):
         attach(load_model(str(tiny_model)).model, PrefixTuning(init="text", text=""))
 
 
 def test_a_prefix_of_another_size_or_kind_is_refused(tmp_path: Path) -> None:
-    base = FAMILIES["llama"]()
+    base = DECODERS["llama"]()
     attach(base, PrefixTuning(length=3)).export_peft(tmp_path)
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"num_transformer_submodules": 2}))
     with pytest.raises(AdapterError, match="encoder-decoder"):
-        load_adapter(FAMILIES["llama"](), tmp_path)
+        load_adapter(DECODERS["llama"](), tmp_path)
     file.write_text(json.dumps(config))
     save_file({"prompt_embeddings": torch.zeros(3, 5)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"\(3, 5\) .* needs \(3, 64\)"):
-        load_adapter(FAMILIES["llama"](), tmp_path)
+        load_adapter(DECODERS["llama"](), tmp_path)
 
 
 @pytest.mark.slow
@@ -352,7 +360,7 @@ def test_a_prefix_of_another_size_or_kind_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_block_compiles_as_one_graph(method: Method, family: str, trained: Trained) -> None:
     torch._dynamo.reset()
-    tuned = trained(attach(FAMILIES[family](), method))
+    tuned = trained(attach(DECODERS[family](), method))
     expected = tuned.model(IDS).logits
     with tuned.disabled():
         off = tuned.model(IDS).logits

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from families import FAMILIES
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tunesmith.errors import AdapterError, MethodError
 from tunesmith.methods import PromptTuning
@@ -136,6 +137,55 @@ def test_left_padding_changes_nothing(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
     torch.testing.assert_close(logits, model(input_ids).logits, atol=1e-5, rtol=1e-5)
+
+
+WINDOWED = pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+
+
+def padded_to(length: int, row: Tensor) -> tuple[Tensor, Tensor]:
+    """`row` (1, tokens) with padding on its left, and the mask."""
+    padding = length - row.shape[1]
+    ids = torch.cat([row.new_full((1, padding), 2), row], dim=1)
+    return ids, (torch.arange(length)[None] >= padding).long()
+
+
+@WINDOWED
+def test_left_padding_moves_no_row_out_of_a_sliding_window(family: str, trained: Trained) -> None:
+    model = FAMILIES[family].make()  # of a window of 4
+    tuned = trained(attach(model, METHOD))
+    P = tuned.attachments[0].prompt.P
+    rows = [torch.tensor([[5, 6]]), torch.tensor([[7, 8, 9, 10, 11, 12, 13]])]
+    ids, mask = (torch.cat(x) for x in zip(*(padded_to(9, row) for row in rows), strict=True))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+    out.logits[mask.bool()].square().sum().backward()
+    found, P.grad = P.grad, None
+    for i, row in enumerate(rows):
+        alone = model(row, output_hidden_states=True)
+        alone.logits.square().sum().backward()
+        n = row.shape[1]
+        torch.testing.assert_close(out.logits[i, -n:], alone.logits[0], atol=1e-5, rtol=1e-5)
+        for ours, theirs in zip(out.hidden_states, alone.hidden_states, strict=True):
+            assert ours.shape == (2, 9, 32)
+            torch.testing.assert_close(ours[i, -n:], theirs[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, P.grad, atol=1e-4, rtol=1e-4)
+
+
+@WINDOWED
+@pytest.mark.parametrize("beams", [1, 2])
+def test_left_padded_generation_under_a_sliding_window_is_each_rows_own(
+    beams: int, family: str, trained: Trained
+) -> None:
+    model = FAMILIES[family].make()
+    tuned = trained(attach(model, METHOD, name="a"))
+    trained(attach(tuned, PromptTuning(tokens=2), name="b"))
+    rows = [torch.tensor([[5, 6]]), torch.tensor([[7, 8, 9, 10, 11, 12, 13]])]
+    ids, mask = (torch.cat(x) for x in zip(*(padded_to(9, row) for row in rows), strict=True))
+    settings = {"do_sample": False, "max_new_tokens": 8, "num_beams": beams}
+    found = model.generate(ids, attention_mask=mask, **settings)
+    for row, own in zip(rows, found, strict=True):
+        alone = model.generate(row, attention_mask=torch.ones_like(row), **settings)
+        assert torch.equal(own[9:], alone[0, row.shape[1] :])
 
 
 def test_every_packed_segment_has_the_prompt_before_it(

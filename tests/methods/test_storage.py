@@ -88,7 +88,7 @@ def test_several_adapters_are_saved_and_loaded_together(
     model: PreTrainedModel, input_ids: Tensor, trained: Trained, tmp_path: Path
 ) -> None:
     tuned = attach(model, LoRA(rank=4), name="first")
-    trained(attach(tuned, LoRA(rank=2), LastLayer(), name="second"))
+    trained(attach(tuned, LoRA(rank=2), LastLayer(blocks=0), name="second"))
     logits = model(input_ids).logits
     tuned.save(tmp_path / "all")
     again = load_adapter(tuned.detach(), tmp_path / "all")

@@ -13,11 +13,9 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BloomConfig,
-    Gemma2Config,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    RobertaConfig,
     StableLmConfig,
     T5Config,
 )
@@ -174,9 +172,7 @@ def test_segments_of_an_encoder_see_both_ways() -> None:
     ("config", "why"),
     [
         (BloomConfig, "its own attention path"),
-        (Gemma2Config, "caps its scores"),
         (StableLmConfig, "does not hand the segments on"),
-        (RobertaConfig, "counts positions from 2"),
         (T5Config, "two stacks"),
     ],
 )
@@ -206,7 +202,7 @@ def test_enabling_keeps_training_mode_and_the_random_state() -> None:
 
 @pytest.mark.parametrize(
     "unsupported",
-    [{"s_aux": 1.0}, {"softcap": 1.0, "cu_seq_lens_q": torch.tensor([0, 3])}],
+    [{"s_aux": 1.0}, {"position_bias": 1.0, "cu_seq_lens_q": torch.tensor([0, 3])}],
     ids=["sinks", "capped scores within segments"],
 )
 def test_what_is_not_computed_is_an_error(unsupported: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from tiny import CHATML_UNMARKED, VOCAB, tiny_llama, tiny_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models.gguf import read_fields
 from tunesmith.models.loading import load_model
+from tunesmith.models.quantize import quantise
+from tunesmith.models.settings import ModelSettings
 from tunesmith.models.zoo_models import SMOLLM2_FILE, convert_smollm2
 
 BLOCK = {
@@ -92,6 +94,17 @@ def test_a_gguf_file_gives_the_logits_it_was_made_of(file: Path) -> None:
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(model(input_ids=ids).logits, reference(input_ids=ids).logits)
     assert model.config._name_or_path == str(file)
+
+
+def test_a_gguf_file_is_quantised_as_the_weights_it_was_made_of(file: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = ModelSettings(name=str(file), quantize="nf4")
+    model, _ = load_model(settings, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(file.parent / "reference")
+    quantise(reference, settings, device="cpu")
+    own, its = (one.model.layers[1].mlp.up_proj.weight for one in (model, reference))
+    assert own.dtype == torch.uint8
+    assert torch.equal(own, its)
 
 
 def test_its_tokenizer_splits_digits_as_smollm_does(file: Path) -> None:

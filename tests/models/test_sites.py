@@ -14,6 +14,9 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from tiny import VOCAB, tiny_gpt2, tiny_llama
 from tunesmith.errors import MethodError, ModelError
 from tunesmith.models.families import FAMILIES
+from tunesmith.models.families_encoders import ENCODERS
+from tunesmith.models.families_moe import MIXTURES
+from tunesmith.models.families_seq2seq import SEQ2SEQ
 from tunesmith.models.sites import Block, Site, find_sites, weight_of
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCAB}
@@ -231,7 +234,8 @@ def test_widths_are_those_of_the_weight(case: str) -> None:
 
 def test_the_cases_cover_the_table() -> None:
     built = {build(case).config.model_type for case in CASES}
-    assert built == set(FAMILIES)
+    elsewhere = {*ENCODERS, *SEQ2SEQ, *MIXTURES}  # each with tests of its own
+    assert built == set(FAMILIES) - elsewhere
 
 
 def test_weight_of_is_a_view_in_both_layouts() -> None:

@@ -10,6 +10,12 @@ LENGTHS = (1, 5, 2, 9)
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
 
+sights = pytest.mark.parametrize(
+    ("causal", "window"),
+    [(True, None), (True, 3), (True, 1), (False, None), (False, 3), (False, 1)],
+)
+
+
 def bounds(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
@@ -41,14 +47,14 @@ def plain(
     if causal:
         seen = seen & (distance >= 0)
     if window is not None:
-        seen = seen & (distance < window)
+        seen = seen & (distance.abs() < window)
     seen = torch.nn.functional.pad(seen, (extra, 0), value=True)
     scores = (q @ k.transpose(-1, -2) * scaling).masked_fill(~seen, -torch.inf)
     return scores.softmax(-1) @ v
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (7,), (1, 1, 1), (3, 3, 3)])
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (True, 1), (False, None)])
+@sights
 def test_each_segment_sees_only_itself(
     lengths: tuple[int, ...], *, causal: bool, window: int | None
 ) -> None:
@@ -66,7 +72,7 @@ def in_front(extra: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (7,), (1, 1, 1)])
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (True, 1), (False, None)])
+@sights
 def test_each_segment_sees_the_prefix_besides(
     lengths: tuple[int, ...], *, causal: bool, window: int | None
 ) -> None:
@@ -152,7 +158,14 @@ def test_the_cpu_does_not_use_the_variable_length_kernel() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     ("causal", "window", "extra"),
-    [(True, None, 0), (True, 3, 0), (False, None, 0), (True, None, 3), (False, None, 3)],
+    [
+        (True, None, 0),
+        (True, 3, 0),
+        (False, None, 0),
+        (False, 3, 0),
+        (True, None, 3),
+        (False, None, 3),
+    ],
 )
 def test_the_variable_length_kernel_equals_the_plain_formula(
     *, causal: bool, window: int | None, extra: int
@@ -178,3 +191,31 @@ def test_the_variable_length_kernel_equals_the_plain_formula(
     references = torch.autograd.grad(expected.square().sum(), exact)
     for gradient, reference in zip(gradients, references, strict=True):
         torch.testing.assert_close(gradient.cpu().double(), reference, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("extra", [0, 2])
+@pytest.mark.parametrize("window", [None, 2])
+def test_capped_scores_are_the_formula_in_every_segment(window: int | None, extra: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int, length: int) -> Tensor:
+        return torch.randn(1, heads, length, 4, generator=generator, dtype=torch.float64)
+
+    lengths = [3, 1, 5]
+    q, k, v = draw(4, 9), draw(2, 9), draw(2, 9)
+    prefix = (draw(2, extra), draw(2, extra)) if extra else None
+    bounds = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    got = segment_attention(q, k, v, bounds, scaling=0.7, window=window, prefix=prefix, softcap=1.5)
+    for part, own_k, own_v, out in zip(
+        *(x.split(lengths, dim=2) for x in (q, k, v, got)), strict=True
+    ):
+        keys = own_k if prefix is None else torch.cat([prefix[0], own_k], dim=2)
+        values = own_v if prefix is None else torch.cat([prefix[1], own_v], dim=2)
+        for head in range(4):
+            for i in range(part.shape[2]):
+                first = 0 if window is None else max(0, i - window + 1)
+                seen = [*range(extra), *range(extra + first, extra + i + 1)]
+                scores = 1.5 * torch.tanh(0.7 * keys[0, head // 2, seen] @ part[0, head, i] / 1.5)
+                expected = scores.softmax(0) @ values[0, head // 2, seen]
+                # the weights are float32, as in transformers
+                torch.testing.assert_close(out[0, head, i], expected, atol=1e-6, rtol=1e-6)

@@ -5,7 +5,9 @@ import torch
 from transformers import PreTrainedModel
 
 from tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tunesmith import PrefixTuning, PromptTuning, PTuning, PTuningV2, attach
 from tunesmith.errors import DataError
+from tunesmith.methods.contract import Method
 from tunesmith.rollout.generate import generate
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [2, 16], [17, 18, 19]]
@@ -149,6 +151,23 @@ def test_a_reply_ends_where_the_context_does() -> None:
     model = tiny_gpt2(n_positions=16)
     (reply,) = generate(model, tiny_tokenizer(), [list(range(5, 17))], stop_ids=[])
     assert len(reply) == 4
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [[PrefixTuning(length=3)], [PromptTuning(tokens=3)], [PTuningV2(length=2), PTuning(tokens=1)]],
+)
+def test_what_stands_before_the_text_takes_its_positions_of_the_context(
+    methods: list[Method],
+) -> None:
+    tuned = attach(tiny_gpt2(n_positions=16), *methods)
+    (reply,) = generate(tuned.model, tiny_tokenizer(), [list(range(5, 15))], stop_ids=[])
+    assert len(reply) == 3
+    with pytest.raises(DataError, match="has 13 tokens, but the model's context holds 13"):
+        generate(tuned.model, tiny_tokenizer(), [list(range(13))])
+    with tuned.disabled():
+        (reply,) = generate(tuned.model, tiny_tokenizer(), [list(range(5, 15))], stop_ids=[])
+    assert len(reply) == 6
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,23 @@ os.environ.setdefault("TYPER_USE_RICH", "0")
 
 import typer
 
+from tunesmith.cli.advise import advise
 from tunesmith.cli.chat import chat
+from tunesmith.cli.combine import combine
+from tunesmith.cli.compare import compare
 from tunesmith.cli.data import data_app
 from tunesmith.cli.demo import demo
 from tunesmith.cli.doctor import doctor
 from tunesmith.cli.evaluate import evaluate
+from tunesmith.cli.features import features
+from tunesmith.cli.import_adapter import import_adapter
+from tunesmith.cli.inspect import inspect
 from tunesmith.cli.merge import merge
 from tunesmith.cli.models import models
+from tunesmith.cli.plan import plan
+from tunesmith.cli.predict import predict
 from tunesmith.cli.schema import schema
+from tunesmith.cli.sites import sites
 from tunesmith.cli.train import train
 from tunesmith.errors import TunesmithError
 
@@ -34,9 +43,18 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(chat)
+app.command()(predict)
+app.command()(features)
+app.command()(compare)
+app.command()(plan)
+app.command()(advise)
 app.command()(merge)
+app.command()(combine)
+app.command()(inspect)
+app.command("import-adapter")(import_adapter)
 app.add_typer(data_app, name="data")
 app.command()(models)
+app.command()(sites)
 app.command()(doctor)
 app.command()(schema)
 app.command()(demo)

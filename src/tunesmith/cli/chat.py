@@ -26,11 +26,18 @@ def chat(
     seed: Annotated[int, typer.Option(help="Decides what is sampled.")] = 0,
 ) -> None:
     """Talk to a run's result; /base and /both bring in the untuned model."""
+    from tunesmith.errors import SpecError
     from tunesmith.jobs.result import load_run
+    from tunesmith.jobs.run_directory import open_finished
 
+    _, run = open_finished(run_directory)
+    if run.objective.head != "causal_lm":
+        raise SpecError(
+            f"{run_directory}: its objective is {run.objective.name}, so it does not chat; use "
+            f'`tunesmith predict {run_directory} --text "..."`'
+        )
     loaded = load_run(run_directory)
-    run = loaded.run
-    print(f"{run.name}: {run.method.name} on {run.model.name}. /help lists commands.")
+    print(f"{run.name}: {run.method_name} on {run.model.name}. /help lists commands.")
     talk(loaded, system=system, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
 
 

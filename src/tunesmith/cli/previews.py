@@ -19,10 +19,13 @@ BAR = 40
 
 def draw_preview(console: Console, preview: Preview) -> None:
     """Print rows with supervised tokens coloured, then what all rows are like."""
-    console.print(Text("supervised tokens are green and between ⟦ ⟧\n", style=SUPERVISED))
+    if not preview.train.classes:
+        console.print(Text("supervised tokens are green and between ⟦ ⟧\n", style=SUPERVISED))
     for number, row in enumerate(preview.rows, start=1):
         for sample in row:
             facts = f"{sample.tokens} tokens, {sample.supervised_tokens} supervised"
+            if sample.label:
+                facts = f"{sample.tokens} tokens, labelled {sample.label}"
             console.rule(f"row {number}: {facts}", align="left")
             console.print(_coloured(sample))
     for title, report in (("training", preview.train), ("evaluation", preview.evaluation)):

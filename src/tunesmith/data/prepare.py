@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.corpus import Corpus, corpus_of, hold_out
 from tunesmith.data.render import Renderer
+from tunesmith.data.render_pairs import renderer_for
 from tunesmith.data.rows import Prompt, RawRow, TokenRow
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources import locate, read
@@ -105,6 +106,7 @@ def prepare(
     *,
     seed: int,
     cache: Path,
+    encoder_decoder: bool = False,
     progress: Progress | None = None,
 ) -> PreparedData:
     """Return the rows of a run: read, rendered, tokenised (or found in the cache), cut and mixed.
@@ -112,8 +114,9 @@ def prepare(
     Args:
         settings: the `data` part of a run file.
         tokenizer: with a chat template where there are conversations.
-        seed: of the run: decides order and holdout.
+        seed: of the run: decides the order.
         cache: folder that keeps tables of tokens by content hash.
+        encoder_decoder: whether the model reads prompts apart from the replies that it writes.
         progress: called now and then while tokenising.
 
     Raises:
@@ -121,7 +124,12 @@ def prepare(
             would be lost; the message names file, row or setting.
     """
     _warn_of_no_effect(settings)
-    work = _Work(settings, tokenizer, cache, progress)
+    if encoder_decoder and settings.packing:
+        raise DataError(
+            "data.packing: true: an encoder-decoder's samples are pairs of sequences, and packing "
+            "fills one sequence; use false"
+        )
+    work = _Work(settings, tokenizer, cache, progress, encoder_decoder)
     if settings.streaming:
         return _streamed(work, seed)
     jobs, corpus = work.corpus(settings.train)
@@ -129,7 +137,9 @@ def prepare(
     if settings.evaluation:
         held_back = work.evaluation(*work.corpus(settings.evaluation), training=corpus)
     elif settings.holdout:
-        flags = hold_out(corpus.column("prompt"), holdout=settings.holdout, seed=seed)
+        flags = hold_out(
+            corpus.column("prompt"), holdout=settings.holdout, seed=settings.holdout_seed
+        )
         corpus, kept_out = corpus.split(flags)
         held_back = work.evaluation(jobs, kept_out, training=corpus)
     train = EpochStream(
@@ -151,6 +161,7 @@ class _Work:
     tokenizer: PreTrainedTokenizerBase
     cache: Path
     progress: Progress | None
+    encoder_decoder: bool
 
     def corpus(self, sources: Sequence[Source]) -> tuple[list[Job], Corpus]:
         settings = self.settings
@@ -161,6 +172,7 @@ class _Work:
                 self.tokenizer,
                 supervise=settings.supervise,
                 on_bad_row=settings.on_bad_row,
+                encoder_decoder=self.encoder_decoder,
             )
             for source in sources
         ]
@@ -178,7 +190,11 @@ class _Work:
         if training is not None:
             asked = np.isin(corpus.column("prompt"), training.column("prompt"))
             report = replace(report, also_in_training=int(asked.sum()))
-        renderer = Renderer(self.tokenizer, supervise=self.settings.supervise)
+        renderer = renderer_for(
+            self.tokenizer,
+            supervise=self.settings.supervise,
+            encoder_decoder=self.encoder_decoder,
+        )
         examples: list[Prompt | None] = []
         for job, table, rows in zip(jobs, corpus.tables, corpus.chosen, strict=True):
             examples += _examples(job, renderer, table.column("ordinal")[rows])
@@ -203,20 +219,25 @@ def _streamed(work: _Work, seed: int) -> PreparedData:
     if settings.evaluation:
         held_back = work.evaluation(*work.corpus(settings.evaluation), training=None)
     elif settings.holdout:
-        held_back, held_out = _first_samples(settings, work.tokenizer)
-    rows = StreamingRows(settings, work.tokenizer, seed=seed, held_out=held_out)
+        held_back, held_out = _first_samples(work)
+    rows = StreamingRows(
+        settings,
+        work.tokenizer,
+        seed=seed,
+        held_out=held_out,
+        encoder_decoder=work.encoder_decoder,
+    )
     return PreparedData(rows, held_back)
 
 
-def _first_samples(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Evaluation, set[int]]:
+def _first_samples(work: _Work) -> tuple[Evaluation, set[int]]:
     """Return the first samples of a stream for evaluation, and the hashes of what they ask.
 
     How many samples there are is not known, so the first ones of each source are taken, as many of
     each; training leaves out every sample that asks the same.
     """
-    readers = sample_readers(settings, tokenizer)
+    settings = work.settings
+    readers = sample_readers(settings, work.tokenizer, encoder_decoder=work.encoder_decoder)
     sources = [(reader.located.name, reader.layout.name) for reader in readers]
     report = RunningReport(
         sources, max_length=settings.max_length, max_dropped=settings.max_dropped

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.data.classification import LabelledRow
 from tunesmith.data.prepare import PreparedData
 from tunesmith.data.rows import TokenRow, samples_of
 from tunesmith.data.statistics import DataReport
+from tunesmith.types import IGNORE
 
 
 class Piece(NamedTuple):
@@ -27,6 +29,8 @@ class ShownSample:
     pieces: tuple[Piece, ...]
     tokens: int
     supervised_tokens: int
+    label: str = ""
+    """What the text is labelled as, where texts are classified."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,28 @@ class Preview:
 def preview(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, *, rows: int) -> Preview:
     """Return the first `rows` rows that training will see; nothing is taken from the stream."""
     shown = tuple(
-        tuple(_shown(sample, tokenizer) for sample in samples_of(row))
+        (_labelled(row, prepared, tokenizer),)
+        if isinstance(row, LabelledRow)
+        else tuple(_shown(sample, tokenizer) for sample in samples_of(row))
         for row in prepared.train.peek(rows)
     )
     return Preview(shown, prepared.train_report, prepared.evaluation_report)
+
+
+def _labelled(
+    row: LabelledRow, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase
+) -> ShownSample:
+    """Return a labelled text with its label, or with those of its words."""
+    classes = [label for label, _ in prepared.train_report.classes]
+    target = row.target
+    if target.ndim == 1 and target.dtype == np.int64:
+        numbers = target[target != IGNORE].tolist()
+    elif target.ndim == 1:
+        numbers = np.flatnonzero(target).tolist()
+    else:
+        numbers = [int(target)] if classes else []
+    label = " ".join(classes[number] for number in numbers) if classes else f"{float(target):g}"
+    return replace(_shown(row, tokenizer), label=label)
 
 
 def _shown(sample: TokenRow, tokenizer: PreTrainedTokenizerBase) -> ShownSample:

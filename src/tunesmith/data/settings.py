@@ -58,12 +58,16 @@ class DataSettings(Settings):
     """Sources to evaluate on; empty takes `holdout` rows from the training data."""
     holdout: int | float = Field(default=0, ge=0)
     """Rows (or a fraction below 1) kept out of training for evaluation, the same for every run
-    with the same data and seed; used only where `evaluation` is empty."""
+    with the same data; used only where `evaluation` is empty."""
+    holdout_seed: int = Field(default=0, ge=0)
+    """Decides which rows `holdout` takes. Not the run's seed, so that runs with other seeds are
+    judged by the same rows."""
     max_length: int = Field(default=1024, ge=8)
-    """Tokens a row may have; longer rows are cut at the end, or dropped where the cut would leave
-    no supervised token."""
+    """Tokens a row may have, for an encoder-decoder prompt and reply together; longer rows are cut
+    at the end, or dropped where the cut would leave no supervised token."""
     packing: bool = False
-    """Fill rows of `max_length` with several samples that cannot see each other."""
+    """Fill rows of `max_length` with several samples that cannot see each other; not for an
+    encoder-decoder, whose samples are pairs."""
     supervise: Literal["assistant", "all"] = "assistant"
     """Which tokens carry loss: the assistant's turns with their end-of-turn, or the whole text."""
     shuffle: bool = True

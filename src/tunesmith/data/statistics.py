@@ -18,6 +18,8 @@ from tunesmith.types import JSON
 
 MESSAGES_KEPT: Final = 5
 """Bad rows that a report names."""
+LABELS_TOLD: Final = 12
+"""Labels that a report names."""
 
 
 class Bar(NamedTuple):
@@ -63,6 +65,8 @@ class DataReport:
     """Histogram of the samples' lengths before cutting."""
     also_in_training: int = 0
     """Evaluation only: samples whose prompt is also asked in training."""
+    classes: tuple[tuple[str, int], ...] = ()
+    """Classification only: how often each label occurs."""
 
     @property
     def rows(self) -> int:
@@ -92,13 +96,22 @@ class DataReport:
             + (f", {source.dropped:,} dropped" if source.dropped else "")
             for source in self.sources
         ]
+        supervised = "" if self.classes else f", {share:.0%} of them supervised"
         lines.append(
-            f"{self.kept:,} samples with {self.tokens:,} tokens, {share:.0%} of them supervised; "
+            f"{self.kept:,} samples with {self.tokens:,} tokens{supervised}; "
             f"{self.truncated:,} samples cut"
         )
+        if self.classes:
+            lines.append(_told(self.classes))
         if self.also_in_training:
             lines.append(f"{self.also_in_training:,} samples ask what training asks too")
         return lines
+
+
+def _told(classes: Sequence[tuple[str, int]]) -> str:
+    """Return labels and how often they occur, the first few of many."""
+    told = ", ".join(f"{label} {count:,}" for label, count in classes[:LABELS_TOLD])
+    return f"{len(classes):,} labels: {told}" + (", ..." if len(classes) > LABELS_TOLD else "")
 
 
 def histogram(counts: Mapping[int, int]) -> tuple[Bar, ...]:

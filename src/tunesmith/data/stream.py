@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.corpus import Corpus
 from tunesmith.data.mixing import epoch_counts, epoch_order
 from tunesmith.data.packing import WINDOW, pack
 from tunesmith.data.rows import TokenRow, join
 from tunesmith.data.statistics import DataReport
 from tunesmith.errors import DataError
 from tunesmith.types import JSON
+
+
+class Samples(Protocol):
+    """What is streamed: samples by their number, source after source."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a sample may have."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each source."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample, (samples,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> TokenRow:
+        """Return sample `index`."""
+
+    def report(self) -> DataReport:
+        """Return what the samples are like."""
 
 
 class EpochStream:
@@ -25,7 +48,7 @@ class EpochStream:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Samples,
         *,
         seed: int,
         weights: Sequence[float] = (),

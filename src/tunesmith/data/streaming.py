@@ -23,6 +23,7 @@ from tunesmith.data.conversation import Sample
 from tunesmith.data.formats import Layout, bad, layout_of, stop_at
 from tunesmith.data.packing import WINDOW, pack
 from tunesmith.data.render import Renderer
+from tunesmith.data.render_pairs import renderer_for
 from tunesmith.data.rows import START, BadRow, Position, RawRow, TokenRow, join
 from tunesmith.data.settings import DataSettings
 from tunesmith.data.sources import Located, locate, read
@@ -172,9 +173,10 @@ class StreamingRows:
         *,
         seed: int,
         held_out: set[int] | None = None,
+        encoder_decoder: bool = False,
     ) -> None:
         self.settings = settings
-        readers = sample_readers(settings, tokenizer)
+        readers = sample_readers(settings, tokenizer, encoder_decoder=encoder_decoder)
         self._report = RunningReport(
             [(reader.located.name, reader.layout.name) for reader in readers],
             max_length=settings.max_length,
@@ -320,10 +322,12 @@ class StreamingRows:
 
 
 def sample_readers(
-    settings: DataSettings, tokenizer: PreTrainedTokenizerBase
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False
 ) -> list[SampleReader]:
     """Return a reader for each training source."""
-    renderer = Renderer(tokenizer, supervise=settings.supervise)
+    renderer = renderer_for(
+        tokenizer, supervise=settings.supervise, encoder_decoder=encoder_decoder
+    )
     located = [locate(source) for source in settings.train]
     return [SampleReader(place, layout_of(place), renderer, settings) for place in located]
 

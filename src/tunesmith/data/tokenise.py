@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.formats import Layout, bad, layout_of, stop_at
 from tunesmith.data.render import Renderer
+from tunesmith.data.render_pairs import renderer_for
 from tunesmith.data.rows import START, BadRow, Position, RawRow
 from tunesmith.data.sources import Located, content_hash, read
 from tunesmith.data.table import Reading, TableWriter, TokenTable, merge
@@ -59,6 +60,8 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     supervise: Literal["assistant", "all"]
     on_bad_row: Literal["stop", "skip"]
+    encoder_decoder: bool = False
+    """Whether the model reads and writes apart."""
 
     @property
     def key(self) -> str:
@@ -73,6 +76,7 @@ class Job:
             ),
             "supervise": self.supervise,
             "on_bad_row": self.on_bad_row,
+            "encoder_decoder": self.encoder_decoder,
             "tokenizer": tokenizer_state(self.tokenizer),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -84,9 +88,17 @@ def job_of(
     *,
     supervise: Literal["assistant", "all"],
     on_bad_row: Literal["stop", "skip"],
+    encoder_decoder: bool = False,
 ) -> Job:
     """Return the job of tokenising a source; its first row is read to recognise its format."""
-    return Job(located, layout_of(located), tokenizer, supervise, on_bad_row)
+    return Job(
+        located,
+        layout_of(located),
+        tokenizer,
+        supervise,
+        on_bad_row,
+        encoder_decoder,
+    )
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -180,7 +192,9 @@ def write_rows(
     Raises:
         DataError: a row is bad and the job stops at bad rows.
     """
-    renderer = Renderer(job.tokenizer, supervise=job.supervise)
+    renderer = renderer_for(
+        job.tokenizer, supervise=job.supervise, encoder_decoder=job.encoder_decoder
+    )
     reading = Reading(job.located.name, job.layout.name)
     stopped_at = None
     with TableWriter(directory) as writer:
@@ -261,6 +275,7 @@ def _order(
         "tokenizer": str(building / "tokenizer"),
         "supervise": job.supervise,
         "on_bad_row": job.on_bad_row,
+        "encoder_decoder": job.encoder_decoder,
         "start": list(start),
         "share": list(share),
     }

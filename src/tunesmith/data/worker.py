@@ -26,6 +26,7 @@ def work(part: Path) -> None:
         tokenizer=AutoTokenizer.from_pretrained(order["tokenizer"]),
         supervise=order["supervise"],
         on_bad_row=order["on_bad_row"],
+        encoder_decoder=order["encoder_decoder"],
     )
     first, of = order["share"]
     try:

@@ -46,7 +46,7 @@ def mean_loss(
     """
     shares = range(0, len(rows), batch_size)[peers.rank :: peers.size]
     sums: dict[str, Tensor] = {}
-    count = 0
+    count = 0.0
     with measuring(module):
         for start in shares:
             batch = peers.to_device(collate(list(rows[start : start + batch_size])))
@@ -64,7 +64,7 @@ def mean_loss(
     return _means({name: value.item() for name, value in sums.items()}, count, peers)
 
 
-def _means(sums: dict[str, float], count: int, peers: Peers) -> dict[str, float]:
+def _means(sums: dict[str, float], count: float, peers: Peers) -> dict[str, float]:
     # A process without a share knows no names, so names and sums travel together.
     shares = peers.gather((sums, count))
     counted = sum(part for _, part in shares)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tunesmith.engine.step import StepResult
     from tunesmith.types import JSON
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 
 
 @dataclass(frozen=True)

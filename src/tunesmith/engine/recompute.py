@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from tunesmith.errors import ModelError
 
@@ -53,7 +53,15 @@ def recomputing(model: nn.Module, settings: EngineSettings) -> Iterator[None]:
         # Only reentrant checkpointing needs the embeddings' gradient; here it would drive the
         # backward through blocks below the lowest one that trains.
         model.disable_input_require_grads()
+        # A cache cannot be recomputed, and transformers says so at every start where its default,
+        # which even encoders have, is left as it is.
+        config: Any = getattr(model, "config", None)
+        cached = getattr(config, "use_cache", None)
+        if cached:
+            config.use_cache = False
         try:
             yield
         finally:
             model.gradient_checkpointing_disable()
+            if cached:
+                config.use_cache = cached

@@ -20,7 +20,8 @@ class TrainSettings(Settings):
     """Micro-batches an optimiser step sums up; the effective batch is batch_size x
     accumulation_steps x processes."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate; the method's own default where none is given."""
+    """Peak learning rate, of all methods alike; the method's own default where none is given, and
+    of several methods each its own."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "cosine"
     """Course of the learning rate after the warm-up (wsd: warm-up, stable, decay)."""
     warmup: int | float = Field(default=0.03, ge=0)
@@ -62,6 +63,14 @@ class EvaluationSettings(Settings):
     """Replies generated for the report, before and after."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest generated reply."""
+    rows: Literal["all", "even", "odd"] = "all"
+    """Which of the evaluation rows (and prompts); a comparison chooses learning rates by the even
+    ones and reports the odd ones."""
+    general: str | None = None
+    """A text file whose loss is measured before and after, or `bundled` for one that comes along:
+    how much of general language a run forgets. Language models only."""
+    inference: bool = False
+    """Measure how much longer a forward pass takes with the method than without."""
     best: str = "loss"
     """The metric that decides the best checkpoint and early stopping."""
 

@@ -108,7 +108,7 @@ class Stepper(Generic[R]):
         counted, tokens = self.peers.sum(
             [sum(map(self.task.count, batches)), sum(map(self.task.tokens, batches))]
         )
-        divisor = max(1.0, counted)
+        divisor = counted or 1.0
         sums = _Sums()
         if not self._accumulate(batches, divisor, sums):
             return None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic
 
-from tunesmith.types import R
+from tunesmith.types import IGNORE, R
 
 if TYPE_CHECKING:
     import torch
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def num_tokens(batch: Batch) -> int:
-    """Return the real (not padding) tokens of a batch of `input_ids`."""
+    """Return the real (not padding) tokens of a batch, read and written."""
     mask = batch.get("attention_mask")
-    return int(batch["input_ids"].numel() if mask is None else mask.sum())
+    read = int(batch["input_ids"].numel() if mask is None else mask.sum())
+    return read + (int((batch["labels"] != IGNORE).sum()) if "decoder_input_ids" in batch else 0)
 
 
 def _no_penalty() -> None:
@@ -55,7 +56,7 @@ class Task(Generic[R]):
     """The global order of rows, the same in every process."""
     collate: Collate[R]
     """Makes a batch (on the CPU) of rows."""
-    count: Callable[[Batch], int]
+    count: Callable[[Batch], float]
     """What the summed loss of a batch is divided by, known before the forward."""
     default_learning_rate: float
     """Peak learning rate where train.learning_rate is not given."""

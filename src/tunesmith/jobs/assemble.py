@@ -10,20 +10,31 @@ import torch
 from torch import nn
 
 from tunesmith.data.collate import Collator
-from tunesmith.data.prepare import prepare
+from tunesmith.data.collate_pairs import PairCollator
 from tunesmith.errors import ModelError, SpecError
+from tunesmith.jobs.labelled import (
+    check_lengths,
+    classifies,
+    head_of_run,
+    labelled_collator,
+    read_data,
+    reads_rows,
+    require_padding,
+)
 from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.attention import enable_segments
 from tunesmith.models.chat import prepare_tokenizer
+from tunesmith.models.encoder_decoder import start_token
 from tunesmith.models.loading import load_model, load_tokenizer
 from tunesmith.models.precision import DTYPES, best_dtype
-from tunesmith.models.zoo import cache_dir
+from tunesmith.models.quantize import require_quantiser
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from tunesmith.data.classification_collate import LabelledCollator
     from tunesmith.data.prepare import PreparedData
     from tunesmith.data.tokenise import TokenisingProgress
     from tunesmith.engine.distribution import Peers
@@ -77,7 +88,7 @@ class Assembled:
     tokenizer: PreTrainedTokenizerFast
     facts: TokenizerFacts
     data: PreparedData
-    collate: Collator
+    collate: Collator | PairCollator | LabelledCollator
     autocast_dtype: torch.dtype | None
     """What the forward computes in under autocast; None leaves the model's own dtype."""
 
@@ -98,22 +109,21 @@ def assemble(run: Run, peers: Peers, progress: Callable[[str], None]) -> Assembl
     Raises:
         TunesmithError: the kind says which part of the run cannot work.
     """
+    _check_quantised(run, peers)
     progress("reading data")
-    tokenizer = load_tokenizer(run.model)
-    facts = prepare_tokenizer(tokenizer, run.model)
-    data = prepare(
-        run.data,
-        tokenizer,
-        seed=run.seed,
-        cache=cache_dir() / "tokens",
-        progress=_every_few_seconds(progress),
-    )
+    chats = not classifies(run)
+    tokenizer = load_tokenizer(run.model, chats=chats)
+    facts = prepare_tokenizer(tokenizer, run.model, chats=chats)
+    run, data = read_data(run, tokenizer, _every_few_seconds(progress))
     progress("loading the model")
     dtypes = choose_dtypes(run, peers.device)
-    model = load_model(run.model, device=peers.device, dtype=dtypes.weights).model
+    model = load_model(
+        run.model, device=peers.device, dtype=dtypes.weights, head=head_of_run(run)
+    ).model
     padding = choose_padding(run, model)
     progress("attaching the method")
     tuned = attach_seeded(model, run)
+    check_lengths(run, model, data)
     mixed = any(part.attachment.trains_base for part in tuned.parts)
     return Assembled(
         run=run,
@@ -122,9 +132,34 @@ def assemble(run: Run, peers: Peers, progress: Callable[[str], None]) -> Assembl
         tokenizer=tokenizer,
         facts=facts,
         data=data,
-        collate=Collator(facts.pad_token_id, padding),
+        collate=choose_collator(run, model, data, facts, padding),
         autocast_dtype=dtypes.autocast(mixed=mixed),
     )
+
+
+def _check_quantised(run: Run, peers: Peers) -> None:
+    """Refuse what a quantised base cannot do before anything is read.
+
+    Raises:
+        SpecError: every weight is to train, or the weights are to be sharded.
+        SetupError: bitsandbytes is missing.
+    """
+    kind = run.model.quantize
+    if kind == "none":
+        return
+    for method in run.methods:
+        if method.base_dtype == "float32":
+            raise SpecError(
+                f"method: {method.name} trains the weights themselves, and the codes of "
+                f"model.quantize: {kind} have no gradient; use model.quantize: none, or a method "
+                "beside the weights such as lora"
+            )
+    if peers.size > 1 and run.engine.distribution == "fsdp":
+        raise SpecError(
+            f"engine.distribution: fsdp would cut the codes of model.quantize: {kind} without "
+            "their scales; use ddp"
+        )
+    require_quantiser(run.model, peers.device)
 
 
 def _every_few_seconds(say: Callable[[str], None]) -> Callable[[TokenisingProgress], None]:
@@ -142,7 +177,8 @@ def _every_few_seconds(say: Callable[[str], None]) -> Callable[[TokenisingProgre
 
 def assembled_from(loaded: LoadedRun, data: PreparedData) -> Assembled:
     """Return a finished run, loaded again, as `assemble` would have it."""
-    facts = prepare_tokenizer(loaded.tokenizer, loaded.run.model)
+    chats = not classifies(loaded.run)
+    facts = prepare_tokenizer(loaded.tokenizer, loaded.run.model, chats=chats)
     model = loaded.tuned.model
     return Assembled(
         run=loaded.run,
@@ -151,33 +187,55 @@ def assembled_from(loaded: LoadedRun, data: PreparedData) -> Assembled:
         tokenizer=loaded.tokenizer,
         facts=facts,
         data=data,
-        collate=Collator(facts.pad_token_id, choose_padding(loaded.run, model)),
+        collate=choose_collator(loaded.run, model, data, facts, choose_padding(loaded.run, model)),
         autocast_dtype=loaded.autocast_dtype,
     )
 
 
 def attach_seeded(model: PreTrainedModel, run: Run) -> TunedModel:
-    """Attach the run's method with initial weights that the run's seed decides."""
+    """Attach the run's methods with initial weights that the run's seed decides."""
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        return attach(model, run.method)
+        return attach(model, *run.methods)
 
 
 def choose_dtypes(run: Run, device: torch.device) -> Dtypes:
     """Return the dtypes that `model.dtype` and `engine.precision` ask for, or the best here.
 
     Raises:
-        SpecError: products cannot be float32 over weights that are not.
+        SpecError: products cannot be float32 over weights that are not, or over codes and weights
+            in different dtypes.
     """
     asked, precision = DTYPES.get(run.model.dtype), DTYPES.get(run.engine.precision)
     compute = precision or asked or best_dtype(device)
-    trains_all = run.method.base_dtype == "float32"
+    trains_all = any(method.base_dtype == "float32" for method in run.methods)
     weights = asked or (torch.float32 if trains_all else compute)
     if compute == torch.float32 != weights:
         raise SpecError(
             f"engine.precision: float32 needs model.dtype float32, not {run.model.dtype}"
         )
+    if run.model.quantize != "none" and weights != compute:
+        raise SpecError(
+            f"engine.precision: {run.engine.precision} differs from model.dtype {run.model.dtype}, "
+            f"but model.quantize: {run.model.quantize} leaves no weights that this could concern; "
+            "leave one of the two at auto"
+        )
     return Dtypes(weights, compute)
+
+
+def choose_collator(  # noqa: PLR0917 - the parts of a run
+    run: Run,
+    model: PreTrainedModel,
+    data: PreparedData,
+    facts: TokenizerFacts,
+    padding: Literal["free", "right"],
+) -> Collator | PairCollator | LabelledCollator:
+    """Return what makes batches of the run's rows."""
+    if not classifies(run):
+        if model.config.is_encoder_decoder:
+            return PairCollator(facts.pad_token_id, start_token(model))
+        return Collator(facts.pad_token_id, padding)
+    return labelled_collator(run, model, data, pad_token_id=facts.pad_token_id, padding=padding)
 
 
 def choose_padding(run: Run, model: PreTrainedModel) -> Literal["free", "right"]:
@@ -186,6 +244,9 @@ def choose_padding(run: Run, model: PreTrainedModel) -> Literal["free", "right"]
     Raises:
         ModelError: packing or `engine.padding: free` on a model whose attention cannot do it.
     """
+    if reads_rows(run, model):
+        require_padding(run, model)
+        return "right"
     wanted = run.engine.padding == "free" or run.data.packing
     if run.model.attention != "auto" or (run.engine.padding == "right" and not run.data.packing):
         if wanted:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import torch
@@ -20,6 +20,8 @@ from tunesmith.methods import LoRA
 from tunesmith.methods.tuned import attach
 from tunesmith.models.loading import load_model
 from tunesmith.models.precision import best_dtype
+from tunesmith.models.quantize import quantise
+from tunesmith.models.settings import ModelSettings
 from tunesmith.models.zoo import MODELS, cache_dir, is_cached
 from tunesmith.objectives import SFT
 from tunesmith.types import Proof
@@ -45,7 +47,9 @@ def diagnose(model: str | None = None) -> list[Proof]:
         *[_dtype_check(dtype, device) for dtype in (torch.float32, torch.bfloat16)],
         Proof("dtype auto", True, f"{_name(best_dtype(device))} on {device}"),
         _cache_check(),
-        _attempt("one step on a tiny model", lambda: _tiny_step(device)),
+        _attempt("one step on a tiny model", lambda: _step(_tiny_model(device))),
+        _quantised_check("nf4", device),
+        _quantised_check("int8", device),
     ]
     if model is not None:
         checks.append(_attempt(f"one step on {model}", lambda: _model_step(model, device)))
@@ -114,7 +118,22 @@ def _attempt(name: str, check: Callable[[], str]) -> Proof:
         return Proof(name, False, str(error).splitlines()[0])
 
 
-def _tiny_step(device: torch.device) -> str:
+def _quantised_check(kind: Literal["nf4", "int8"], device: torch.device) -> Proof:
+    """Take a step on codes, if the library that holds them is there: it is an extra."""
+    name = f"one step on a tiny model in {kind}"
+    if not package_versions()["bitsandbytes"]:
+        missing = "not tried without bitsandbytes: pip install 'tunesmith[quantize]'"
+        return Proof(name, True, missing)
+
+    def step() -> str:
+        model = _tiny_model(torch.device("cpu"), best_dtype(device))
+        quantise(model, ModelSettings(quantize=kind), device=device)
+        return _step(model)
+
+    return _attempt(name, step)
+
+
+def _tiny_model(device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=64,
@@ -123,7 +142,7 @@ def _tiny_step(device: torch.device) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    return _step(LlamaForCausalLM(config).to(device, best_dtype(device)))
+    return LlamaForCausalLM(config).to(device, dtype or best_dtype(device))
 
 
 def _model_step(name: str, device: torch.device) -> str:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.data.prepare import prepare
 from tunesmith.errors import DataError
 from tunesmith.jobs.assemble import assembled_from
-from tunesmith.jobs.examine import Examiner
+from tunesmith.jobs.examine_labels import examiner_of
+from tunesmith.jobs.labelled import read_data
 from tunesmith.jobs.result import load_run
 from tunesmith.jobs.run_directory import write_json
-from tunesmith.models.zoo import cache_dir
 
 if TYPE_CHECKING:
     from tunesmith.data.prepare import PreparedData
@@ -42,7 +41,7 @@ def evaluate(
     """
     loaded = load_run(path, overrides)
     prepared = _prepare(loaded, data)
-    examiner = Examiner(assembled_from(loaded, prepared), loaded.peers)
+    examiner = examiner_of(assembled_from(loaded, prepared), loaded.peers)
     metrics = {}
     if base:
         with loaded.tuned.disabled():
@@ -54,10 +53,10 @@ def evaluate(
 
 
 def _prepare(loaded: LoadedRun, data: str | None) -> PreparedData:
-    settings, seed = loaded.run.data, loaded.run.seed
+    run = loaded.run
     if data is not None:
-        settings = _pointed_at(settings, data)
-    prepared = prepare(settings, loaded.tokenizer, seed=seed, cache=cache_dir() / "tokens")
+        run = run.model_copy(update={"data": _pointed_at(run.data, data)})
+    _, prepared = read_data(run, loaded.tokenizer)
     if not prepared.evaluation:
         raise DataError("data.evaluation: the run has no evaluation rows; name a file with --data")
     return prepared

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -19,10 +19,15 @@ from tunesmith.rollout.generate import generate
 if TYPE_CHECKING:
     from tunesmith.data.rows import Prompt
     from tunesmith.engine.distribution import Peers
+    from tunesmith.engine.settings import EvaluationSettings
     from tunesmith.jobs.assemble import Assembled
+    from tunesmith.types import JSON
 
 SCORES = {"bleu": bleu, "rouge_l": rouge_l, "exact_match": exact_match}
 """Metrics of generated replies: replies and each one's references to a number."""
+ROW_SCORES = {"rouge_l", "exact_match"}
+"""Those that are a mean of the replies' own scores."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Examiner:
     listeners: Sequence[Listener] = ()
     replies: list[Reply] = field(default_factory=list, init=False)
     """The replies of the last examination: the first `evaluation.samples` prompts."""
+    outcomes: dict[str, JSON] = field(default_factory=dict, init=False)
+    """Of the last examination, what each prompt scored: metric to scores; and for metrics of a
+    whole corpus `replies` and `references`."""
 
     def __post_init__(self) -> None:
         """Check that what is to be measured can be.
@@ -70,7 +78,7 @@ class Examiner:
         settings, data = self.assembled.run.evaluation, self.assembled.data
         metrics = mean_loss(
             self.assembled.program,
-            data.evaluation[: settings.limit],
+            chosen(data.evaluation, settings),
             self.assembled.collate,
             batch_size=settings.batch_size,
             peers=self.peers,
@@ -79,7 +87,8 @@ class Examiner:
         # The objective calls it accuracy; beside the accuracy of choices it needs a fuller name.
         if "accuracy" in metrics:
             metrics["token_accuracy"] = metrics.pop("accuracy")
-        prompts = data.prompts[: settings.limit]
+        prompts = chosen(data.prompts, settings)
+        self.outcomes = {}
         with self._autocast():
             if "accuracy" in settings.metrics:
                 metrics["accuracy"] = self._accuracy(prompts)
@@ -97,7 +106,14 @@ class Examiner:
             Reply(shown(prompt), prompt.reference[0], reply)
             for prompt, reply in list(zip(needed, replies, strict=True))[: settings.samples]
         ]
-        references = [prompt.reference for prompt in needed]
+        references = [list(prompt.reference) for prompt in needed]
+        if wanted:
+            self.outcomes["replies"] = list(replies)
+            self.outcomes["references"] = [list(texts) for texts in references]
+        for name in set(wanted) & ROW_SCORES:
+            self.outcomes[name] = [
+                SCORES[name]([r], [refs]) for r, refs in zip(replies, references, strict=True)
+            ]
         return {name: SCORES[name](replies, references) for name in wanted}
 
     def _replies(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -117,19 +133,20 @@ class Examiner:
     def _accuracy(self, prompts: Sequence[Prompt]) -> float:
         settings, peers = self.assembled.run.evaluation, self.peers
         mine = list(prompts)[peers.rank :: peers.size]
-        chosen = choose(
+        picked = choose(
             self.assembled.tuned.model,
             self.assembled.tokenizer,
             [prompt.input_ids for prompt in mine],
             settings.choices,
             batch_size=settings.batch_size,
         )
-        right = sum(
-            settings.choices[index].strip() in {text.strip() for text in prompt.reference}
-            for index, prompt in zip(chosen, mine, strict=True)
-        )
-        correct, asked = peers.sum([right, len(mine)])
-        return correct / asked
+        right = [
+            float(settings.choices[index].strip() in {text.strip() for text in prompt.reference})
+            for index, prompt in zip(picked, mine, strict=True)
+        ]
+        scores = interleave(peers.gather(right))
+        self.outcomes["accuracy"] = list(scores)
+        return sum(scores) / len(scores)
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = self.assembled.autocast_dtype
@@ -149,7 +166,13 @@ def shown(prompt: Prompt) -> str:
     return str(prompt.messages[-1].get("content", ""))
 
 
-def interleave(shares: Sequence[Sequence[str]]) -> list[str]:
+def chosen(rows: Sequence[T], settings: EvaluationSettings) -> Sequence[T]:
+    """Return the evaluation rows (or prompts) that the settings ask for."""
+    start, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[settings.rows]
+    return rows[start::step][: settings.limit]
+
+
+def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
     """Return what processes made of items [rank::size] in the items' order."""
     total = sum(len(share) for share in shares)
     return [shares[index % len(shares)][index // len(shares)] for index in range(total)]

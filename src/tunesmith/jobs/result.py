@@ -11,6 +11,7 @@ import torch
 from tunesmith.engine.distribution import connect
 from tunesmith.errors import AdapterError
 from tunesmith.jobs.assemble import choose_dtypes
+from tunesmith.jobs.labelled import head_of_run
 from tunesmith.jobs.run_directory import RunDirectory, open_finished
 from tunesmith.methods.storage import load_adapter
 from tunesmith.methods.tuned import TunedModel, attach
@@ -51,7 +52,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     directory, run = open_finished(path, overrides)
     peers = connect(run.engine)
     dtypes = choose_dtypes(run, peers.device)
-    model, tokenizer = load_model(run.model, device=peers.device, dtype=dtypes.weights)
+    head = head_of_run(run)
+    model, tokenizer = load_model(run.model, device=peers.device, dtype=dtypes.weights, head=head)
     if directory.model.exists():
         tuned = _load_whole(model, run, directory)
     else:
@@ -63,8 +65,9 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
 
 def _load_whole(model: PreTrainedModel, run: Run, directory: RunDirectory) -> TunedModel:
     """Put the weights of a fully tuned model beside its base, so that both can be had."""
-    saved = load_model(str(directory.model), dtype=torch.float32).model.state_dict()
-    tuned = attach(model, run.method)
+    head = head_of_run(run)
+    saved = load_model(str(directory.model), dtype=torch.float32, head=head).model.state_dict()
+    tuned = attach(model, *run.methods)
     names = tuned.trainable()
     if missing := sorted(set(names) - set(saved)):
         raise AdapterError(f"{directory.model} lacks {missing[0]}; it is of another base model")

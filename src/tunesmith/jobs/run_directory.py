@@ -43,6 +43,11 @@ class RunDirectory:
         return self.path / "model"
 
     @property
+    def classifier(self) -> Path:
+        """What learned from features, where the model itself was left as it was."""
+        return self.path / "classifier.safetensors"
+
+    @property
     def summary(self) -> Path:
         """The evidence."""
         return self.path / "summary.json"
@@ -56,6 +61,11 @@ class RunDirectory:
     def samples(self) -> Path:
         """Replies before and after."""
         return self.path / "samples.json"
+
+    @property
+    def outcomes(self) -> Path:
+        """Scores of each evaluation row after training, for intervals and paired comparisons."""
+        return self.path / "outcomes.json"
 
     @property
     def evaluation(self) -> Path:
@@ -161,6 +171,8 @@ def open_finished(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunD
 def _check_same(run: Run, directory: RunDirectory) -> None:
     before = yaml.safe_load(directory.spec.read_text(encoding="utf-8"))
     now = yaml.safe_load(run.to_yaml())
+    if now["objective"].get("labels") is None and "labels" in before["objective"]:
+        before["objective"]["labels"] = None  # found in the data, as they will be again
     differing = [dotted(place) for place in _differences(before, now) if place[0] not in MAY_DIFFER]
     if differing:
         raise SpecError(

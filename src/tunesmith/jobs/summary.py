@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
+from tunesmith.engine.memory import peak_memory
 from tunesmith.jobs.environment import hardware
+from tunesmith.methods.child import base_modules
+from tunesmith.models.quantize import bytes_in_memory
+from tunesmith.models.skeleton import kind_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +42,7 @@ def summarise(
         wall_seconds: of this process's whole job, loading and measuring included.
     """
     run, counts = assembled.run, assembled.tuned.parameter_counts()
-    seconds = max(outcome.seconds, 1e-9)
+    seconds, device = max(outcome.seconds, 1e-9), assembled.tuned.model.device
     result = directory.adapter if directory.adapter.exists() else directory.model
     data: dict[str, JSON] = {"train": assembled.data.train_report.to_json()}
     if assembled.data.evaluation_report is not None:
@@ -44,8 +50,9 @@ def summarise(
     return {
         "name": run.name,
         "model": run.model.name,
-        "method": run.method.name,
+        "method": run.method_name,
         "objective": run.objective.name,
+        "kind": kind_of(assembled.tuned.model.config),
         "before": dict(outcome.before),
         "after": dict(after),
         "steps": outcome.steps,
@@ -58,8 +65,12 @@ def summarise(
         "tokens_per_second": round(outcome.tokens_per_second, 1),
         "supervised_tokens_per_second": round(outcome.supervised_tokens / seconds, 1),
         "peak_memory_bytes": outcome.memory_bytes,
+        "peak_process_bytes": peak_memory(torch.device("cpu")),
+        "peak_device_bytes": None if device.type == "cpu" else outcome.memory_bytes,
+        "identity_at_start": assembled.tuned.identity_at_start,
         "trainable_parameters": counts.trainable,
         "total_parameters": counts.base,
+        "base_bytes": bytes_in_memory(m for _, m in base_modules(assembled.tuned.model)),
         "result_bytes": weights_bytes(result),
         "data": data,
         "proofs": [proof._asdict() for proof in proofs],

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console as Terminal
 
@@ -20,11 +20,16 @@ from tunesmith.engine.trackers import Trackers
 from tunesmith.jobs.assemble import Assembled, assemble
 from tunesmith.jobs.environment import environment
 from tunesmith.jobs.examine import Examiner, Reply
+from tunesmith.jobs.examine_labels import LabelExaminer, examiner_of
+from tunesmith.jobs.findings import findings
+from tunesmith.jobs.labelled import head_learning_rate
 from tunesmith.jobs.proofs import prove_saved, prove_start, told
 from tunesmith.jobs.run_directory import RunDirectory, check_free, clear, write_json
+from tunesmith.jobs.side_effects import general_loss_of_base, side_effects
 from tunesmith.jobs.summary import summarise
 from tunesmith.methods.adapter_files import write_adapters
 from tunesmith.methods.child import base_parameters
+from tunesmith.methods.head import HeadAttachment
 from tunesmith.report.page import write_report
 
 if TYPE_CHECKING:
@@ -79,24 +84,36 @@ def train(
         say(line)
     proofs = prove_start(assembled, peers)
     _tell_proofs(proofs, say)
+    general = general_loss_of_base(assembled, peers)
     heard = [*_listeners(run, directory), *listeners]
     resume_from = find_resumable(directory.path, listeners=heard) if resume else None
     if peers.is_main:
-        _open(directory, run, fresh=resume_from is None)
+        _open(directory, assembled.run, fresh=resume_from is None)
     peers.any(False)  # nobody goes on before the directory is there
-    recorder = Recorder(Examiner(assembled, peers), directory, heard)
+    recorder = Recorder(examiner_of(assembled, peers), directory, heard)
     outcome = _fit(assembled, peers, recorder, resume_from)
     if outcome.stopped_because == "interrupted":
         say(f"interrupted; go on with: tunesmith train {directory.spec} --resume")
         return Result(assembled.tuned, assembled.tokenizer, directory, outcome, {})
-    return _finish(assembled, peers, recorder, outcome, proofs=proofs, say=say, started=started)
+    ending = Ending(proofs, general, say, started)
+    return _finish(assembled, peers, recorder, outcome, ending=ending)
+
+
+class Ending(NamedTuple):
+    """What is known before training and told after it."""
+
+    proofs: list[Proof]
+    general: float | None
+    """The base's loss on general text."""
+    say: Say
+    started: float
 
 
 @dataclass
 class Recorder:
     """Examines the model when the loop asks, and keeps its sample replies."""
 
-    examiner: Examiner
+    examiner: Examiner | LabelExaminer
     directory: RunDirectory
     listeners: Sequence[Listener]
 
@@ -177,8 +194,8 @@ def _fit(
         rows=assembled.data.train,
         collate=assembled.collate,
         count=run.objective.count,
-        default_learning_rate=run.method.default_learning_rate,
-        learning_rate_scales=tuned.learning_rate_scales(),
+        default_learning_rate=run.methods[0].default_learning_rate,
+        learning_rate_scales=learning_rate_scales(run, tuned),
         block_modules=[tuned.model.get_submodule(block.path) for block in tuned.sites.blocks],
         penalty=tuned.penalty,
         on_step=tuned.on_step,
@@ -207,23 +224,35 @@ def _fit(
                 listener.close()
 
 
+def learning_rate_scales(run: Run, tuned: TunedModel) -> dict[str, float]:
+    """Return what the run's learning rate is multiplied by for each trainable, by its full name.
+
+    Where the run gives none, it is that of the first method, and each other method's own over it.
+    """
+    scales = tuned.learning_rate_scales()
+    first, given = run.methods[0].default_learning_rate, run.train.learning_rate
+    head_rate = head_learning_rate(run)
+    for part in tuned.parts:
+        if isinstance(part.attachment, HeadAttachment):
+            own = (head_rate or given or first) / (given or first)
+        else:
+            own = 1.0 if given is not None else part.method.default_learning_rate / first
+        for name in part.attachment.trainable():
+            scales[name] *= own
+    return scales
+
+
 def _finish(
-    assembled: Assembled,
-    peers: Peers,
-    recorder: Recorder,
-    outcome: Outcome,
-    *,
-    proofs: list[Proof],
-    say: Say,
-    started: float,
+    assembled: Assembled, peers: Peers, recorder: Recorder, outcome: Outcome, *, ending: Ending
 ) -> Result:
-    directory = recorder.directory
+    directory, say = recorder.directory, ending.say
     after = outcome.metrics
     if outcome.stopped_because == "early_stopping" and outcome.best is not None:
         say(f"taking the best model, of step {outcome.best.step}")
         newest = {step_of(path): path for path in checkpoints(directory.path)}
         assembled.tuned.load_state_dict(load_trainable(newest[outcome.best.step]))
         after = recorder.examiner.examine()
+    effects = side_effects(assembled, peers, ending.general) | findings(assembled, peers)
     save_result(assembled.tuned, assembled.tokenizer, directory, peers)
     summary: dict[str, JSON] = {}
     if peers.is_main:
@@ -234,11 +263,15 @@ def _finish(
             assembled,
             outcome,
             after=after,
-            proofs=[*proofs, *saved],
+            proofs=[*ending.proofs, *saved],
             directory=directory,
-            wall_seconds=time.perf_counter() - started,
+            wall_seconds=time.perf_counter() - ending.started,
         )
-        write_json(directory.summary, summary)
+        if recorder.examiner.outcomes:
+            write_json(directory.outcomes, recorder.examiner.outcomes)
+        if isinstance(recorder.examiner, LabelExaminer):
+            summary |= recorder.examiner.evidence
+        write_json(directory.summary, summary | effects)
         write_report(directory.path)
         say(f"report: {directory.report}")
     peers.any(False)  # nobody leaves while the main process still writes
@@ -247,7 +280,7 @@ def _finish(
 
 def everything_trains(tuned: TunedModel) -> bool:
     """Return whether the result is a whole model rather than something beside one."""
-    return set(base_parameters(tuned.model)) <= set(tuned.trainable())
+    return set(base_parameters(tuned.model)) == set(tuned.trainable())
 
 
 def save_result(

@@ -9,10 +9,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tunesmith.errors import DataError
+from tunesmith.models.encoder_decoder import after_start, start_token, written_ids
 from tunesmith.models.modes import evaluating
 from tunesmith.models.output_head import OutputHead, output_head
 from tunesmith.ops.linear_cross_entropy import token_log_probs
-from tunesmith.rollout.generate import context_length, end_of_turn, require_room
+from tunesmith.rollout.generate import end_of_turn, room_after
 from tunesmith.types import IGNORE
 
 if TYPE_CHECKING:
@@ -44,7 +45,10 @@ def choose(
         DataError: a prompt is empty or leaves no room for the longest choice.
     """
     end = end_of_turn(tokenizer)[0]
-    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in choices]
+    if model.config.is_encoder_decoder:
+        ids = [written_ids(tokenizer, text) for text in choices]
+    else:
+        ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in choices]
     return choice_log_probs(model, prompts, ids, batch_size=batch_size).argmax(-1).tolist()
 
 
@@ -58,10 +62,11 @@ def choice_log_probs(
 ) -> Tensor:
     """Return log p(choice | prompt), in nats, (prompts, choices) float32 on the CPU.
 
-    A prompt is computed once; the choices continue from copies of its keys and values.
+    A prompt is computed once; the choices continue from copies of its keys and values, or are
+    written to copies of what the encoder made of it.
 
     Args:
-        model: any causal language model; its mode stays.
+        model: any causal language model or encoder-decoder; its mode stays.
         prompts: token ids, each at least one.
         choices: token ids, each at least one; the same choices for every prompt.
         batch_size: prompts at once; each is continued by all choices at once.
@@ -71,47 +76,89 @@ def choice_log_probs(
     """
     if not choices or not all(choices):
         raise DataError("choosing among replies needs at least one, and none without tokens")
-    limit, longest = context_length(model), max(map(len, choices))
     for index, prompt in enumerate(prompts):
-        within = None if limit is None else limit - longest + 1
-        require_room(prompt, within, name=f"prompt {index}")
+        _require_room(model, prompt, max(map(len, choices)), name=f"prompt {index}")
     head = output_head(model)
     scores = torch.zeros(len(prompts), len(choices))
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            scores[chosen] = _score(head, [prompts[i] for i in chosen], choices).cpu()
+            asked = [prompts[i] for i in chosen]
+            scores[chosen] = _score(model, head, asked, choices).cpu()
     return scores
 
 
+def _require_room(
+    model: PreTrainedModel, prompt: Sequence[int], longest: int, *, name: str
+) -> None:
+    """Raise DataError where a choice of `longest` tokens has no room after `prompt`."""
+    room = room_after(model, prompt, name=name)
+    if room is not None and room < longest:
+        raise DataError(
+            f"{name} has {len(prompt)} tokens and leaves room for {room} in the model's context, "
+            f"but the longest choice has {longest}; shorten the prompt"
+        )
+
+
 def _score(
-    head: OutputHead, prompts: list[Sequence[int]], choices: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    head: OutputHead,
+    prompts: list[Sequence[int]],
+    choices: Sequence[Sequence[int]],
 ) -> Tensor:
     """Return log p(choice | prompt) of one batch, (prompts, choices)."""
     device, count = head.weight.device, len(choices)
-    ids, mask = _padded(prompts, side="left", value=0)
     replies, reply_mask = _padded(choices, side="right", value=0)
-    labels = replies.masked_fill(reply_mask == 0, IGNORE)
-    ids, mask, replies, labels = (x.to(device) for x in (ids, mask, replies, labels))
-    prompt = head.backbone(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        use_cache=True,
-    )
-    hidden = prompt.last_hidden_state[:, -1:].repeat_interleave(count, dim=0)
-    if replies.shape[1] > 1:
-        rest = _continue(head, prompt.past_key_values, mask, replies[:, :-1])
-        hidden = torch.cat((hidden, rest), dim=1)
+    labels = replies.masked_fill(reply_mask == 0, IGNORE).to(device)
+    replies = replies.to(device)
+    if model.config.is_encoder_decoder:
+        hidden = _written(model, head, prompts, replies)
+    else:
+        hidden = _continued(head, prompts, replies) * head.scale
     log_probs = token_log_probs(
-        hidden.flatten(0, 1) * head.scale,
+        hidden.flatten(0, 1),
         head.weight,
         labels.repeat(len(prompts), 1).flatten(),
         bias=head.scaled_bias(),
         softcap=head.softcap,
     )
     return log_probs.view(len(prompts), count, -1).sum(-1)
+
+
+def _written(
+    model: PreTrainedModel, head: OutputHead, prompts: list[Sequence[int]], replies: Tensor
+) -> Tensor:
+    """Return s h (prompts * choices, length, width) where each reply is written to each prompt."""
+    count, device = len(replies), replies.device
+    ids, mask = (x.to(device) for x in _padded(prompts, side="right", value=0))
+    encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)
+    encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(count, dim=0)
+    written = after_start(replies, start_token(model)).repeat(len(prompts), 1)
+    return head.hidden_states(
+        {
+            "encoder_outputs": encoded,
+            "attention_mask": mask.repeat_interleave(count, dim=0),
+            "decoder_input_ids": written,
+        }
+    )
+
+
+def _continued(head: OutputHead, prompts: list[Sequence[int]], replies: Tensor) -> Tensor:
+    """Return h (prompts * choices, length, width) where each reply follows each prompt."""
+    count, device = len(replies), replies.device
+    ids, mask = (x.to(device) for x in _padded(prompts, side="left", value=0))
+    prompt = head.backbone(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        use_cache=True,
+    )
+    hidden: Tensor = prompt.last_hidden_state[:, -1:].repeat_interleave(count, dim=0)
+    if replies.shape[1] > 1:
+        rest = _continue(head, prompt.past_key_values, mask, replies[:, :-1])
+        hidden = torch.cat((hidden, rest), dim=1)
+    return hidden
 
 
 def _continue(head: OutputHead, cache: Cache, mask: Tensor, replies: Tensor) -> Tensor:

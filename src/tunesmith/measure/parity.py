@@ -45,10 +45,13 @@ def logit_parity(
         one: brings the model into the first state, and back.
         other: the same for the second state.
     """
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
     logits = []
     with evaluating(model):
         for state in (one, other):
             with state:
-                logits.append(model(input_ids=ids, use_cache=False).logits.float())
+                logits.append(model(**inputs, use_cache=False).logits.float())
     difference = float((logits[0] - logits[1]).abs().max())
     return Parity(difference, float(logits[0].abs().max()))

@@ -14,9 +14,13 @@ from tunesmith.methods.ia3 import IA3
 from tunesmith.methods.last_layer import LastLayer
 from tunesmith.methods.llama_adapter import LlamaAdapter
 from tunesmith.methods.lora import LoRA
+from tunesmith.methods.mam import MAM
+from tunesmith.methods.p_tuning import PTuning
 from tunesmith.methods.p_tuning_v2 import PTuningV2
 from tunesmith.methods.prefix_tuning import PrefixTuning
 from tunesmith.methods.prompt_tuning import PromptTuning
+from tunesmith.methods.reft import ReFT
+from tunesmith.methods.unipelt import UniPELT
 from tunesmith.methods.vera import VeRA
 
 MethodUnion = Annotated[
@@ -31,14 +35,21 @@ MethodUnion = Annotated[
     | VeRA
     | AdaLoRA
     | PromptTuning
+    | PTuning
     | PrefixTuning
     | PTuningV2
-    | LlamaAdapter,
+    | LlamaAdapter
+    | ReFT
+    | UniPELT
+    | MAM,
     Field(discriminator="name"),
 ]
 
+# TaskHead (methods/head.py) is not chosen: it comes with every method on a classifier.
+
 __all__ = [
     "IA3",
+    "MAM",
     "AdaLoRA",
     "Adapter",
     "BitFit",
@@ -49,8 +60,11 @@ __all__ = [
     "LlamaAdapter",
     "LoRA",
     "MethodUnion",
+    "PTuning",
     "PTuningV2",
     "PrefixTuning",
     "PromptTuning",
+    "ReFT",
+    "UniPELT",
     "VeRA",
 ]

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class AdaLoRA(Method):
     """Train P L Q beside frozen linear maps, and drop the singular values that matter least."""
 
-    default_learning_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 8e-3
     peft_type: ClassVar[str | None] = "ADALORA"
 
     name: Literal["adalora"] = "adalora"
@@ -156,6 +156,8 @@ class SingularTriplets(Mergeable):
     singular values, which start at zero. All are float32; P and Q start normal with deviation 0.02,
     as in the authors' code.
     """
+
+    by_row: ClassVar[bool] = True
 
     columns: Tensor | None
 

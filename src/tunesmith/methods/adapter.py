@@ -17,6 +17,7 @@ from tunesmith.methods.bottleneck import (
     Init,
     LayerNorm,
     Placement,
+    Reads,
     attach_bottlenecks,
     bottleneck_size,
     bottlenecks,
@@ -40,7 +41,7 @@ PAPERS_SCALE: Final[dict[Placement, float]] = {"houlsby": 1.0, "pfeiffer": 1.0, 
 class Adapter(Method):
     """Train small networks on the branches of each block: h + s W_up f(W_down x)."""
 
-    default_learning_rate: ClassVar[float] = 5e-4
+    default_learning_rate: ClassVar[float] = 5e-3
 
     name: Literal["adapter"] = "adapter"
     """Bottleneck adapters."""
@@ -48,6 +49,10 @@ class Adapter(Method):
     """houlsby: on the outputs of attention and feed-forward (Houlsby et al. 2019); pfeiffer: on the
     feed-forward's output (Pfeiffer et al. 2020); parallel: from the feed-forward's input to its
     output (He et al. 2022)."""
+    reads: Reads = "branch"
+    """What x is, where placement is pfeiffer: branch, the feed-forward's output, to which the
+    change is added; block, what the block puts out with the residual and its norm, as in the
+    authors' code (AdapterHub)."""
     bottleneck: int | None = Field(default=None, ge=1)
     """Size of the inner layer; None takes the model's width / reduction_factor."""
     reduction_factor: int | None = Field(default=None, ge=1)
@@ -68,6 +73,8 @@ class Adapter(Method):
         """Refuse two answers to one question."""
         if self.bottleneck is not None and self.reduction_factor is not None:
             raise ValueError("bottleneck and reduction_factor both give the size; set one of them")
+        if self.reads == "block" and self.placement != "pfeiffer":
+            raise ValueError("reads: block is pfeiffer's; set placement: pfeiffer, or leave it out")
         return self
 
     def attach(
@@ -80,7 +87,13 @@ class Adapter(Method):
                 parallel and the feed-forward has no mlp.up.
         """
         children = bottlenecks(
-            model, sites, self.placement, self.module, attribute=f"adapter_{name}", name=name
+            model,
+            sites,
+            self.placement,
+            self.module,
+            reads=self.reads,
+            attribute=f"adapter_{name}",
+            name=name,
         )
         return attach_bottlenecks(model, children, self.init)
 

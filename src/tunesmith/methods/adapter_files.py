@@ -42,6 +42,17 @@ class Base(Settings):
     """Fingerprint of the sizes of all places where adapters attach."""
 
 
+class SavedHead(Settings):
+    """A classification head that lies beside an adapter's tensors."""
+
+    kind: Literal["sequence_classification", "token_classification"]
+    """What it classifies."""
+    labels: tuple[str, ...]
+    """Names of its outputs, in their order."""
+    parameters: tuple[str, ...]
+    """Names of its parameters in the model."""
+
+
 class Record(Settings):
     """tunesmith.json: how the adapter came about."""
 
@@ -55,6 +66,8 @@ class Record(Settings):
     """The method and its settings."""
     base: Base
     """What it was made on."""
+    head: SavedHead | None = None
+    """The head that was trained with it, where the model is a classifier."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,8 @@ class AdapterFiles:
     """tunesmith.json; None where PEFT wrote the adapter, or is meant to read it."""
 
     @property
-    def folder(self) -> str:
-        """Its folder where several adapters are saved together."""
+    def title(self) -> str:
+        """Name of the adapter and of its method."""
         return f"{self.record.name}-{self.record.method.name}" if self.record else "adapter"
 
 
@@ -88,6 +101,13 @@ class SavedAdapter:
         if self.config is None:
             return None
         return PeftFiles(self.config, self.tensors, self.directory / CONFIG)
+
+
+def base_name(adapter: SavedAdapter) -> str:
+    """Return the name of the base that an adapter was made on; empty where it does not say."""
+    if adapter.record is not None:
+        return adapter.record.base.name
+    return str((adapter.config or {}).get("base_model_name_or_path") or "")
 
 
 def base_of(model: PreTrainedModel, sites: Sites) -> Base:
@@ -112,10 +132,21 @@ def write_adapters(directory: Path, adapters: Sequence[AdapterFiles]) -> None:
     """
     _require_replaceable(directory)
     with whole_directory(directory) as partial:
-        for adapter in adapters:
-            place = partial if len(adapters) == 1 else partial / adapter.folder
+        for place, adapter in places_of_adapters(partial, adapters):
             place.mkdir(exist_ok=True)
             _write(place, adapter)
+
+
+def places_of_adapters(
+    directory: Path, adapters: Sequence[AdapterFiles]
+) -> list[tuple[Path, AdapterFiles]]:
+    """Return each adapter with its folder: `directory` itself where it is the only one.
+
+    Several have a number, so that they are read in the order in which they were attached.
+    """
+    if len(adapters) == 1:
+        return [(directory, adapters[0])]
+    return [(directory / f"{i:02d}-{a.title}", a) for i, a in enumerate(adapters, start=1)]
 
 
 def _write(place: Path, adapter: AdapterFiles) -> None:

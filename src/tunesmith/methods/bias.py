@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith.errors import MethodError
 from tunesmith.methods.child import Child, base_modules
 from tunesmith.methods.places import column_index
-from tunesmith.models.families import Columns
+from tunesmith.models.family import Columns
+from tunesmith.models.heads import head_paths
 
 ADD_THEIR_BIAS_LAST: Final = (nn.Linear, Conv1D, nn.LayerNorm)
 """Modules whose output is something + bias, so that another bias can be put in afterwards."""
@@ -27,6 +28,9 @@ class Bias(Child):
         columns: the outputs whose bias trains; None is all of them.
     """
 
+    turn: ClassVar[int] = 1
+    by_row: ClassVar[bool] = True
+    replaces: ClassVar[tuple[str, ...]] = ("bias",)
     columns: Tensor | None
 
     def __init__(self, own: Tensor, columns: Columns | None = None) -> None:
@@ -53,6 +57,8 @@ class Bias(Child):
 class AddedBias(Bias):
     """A bias b, zero at the start, for a linear map that has none: W x + b."""
 
+    replaces: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, out_features: int, columns: Columns | None, device: torch.device) -> None:
         super().__init__(torch.zeros(out_features, device=device), columns)
         self.out_features = out_features
@@ -74,8 +80,13 @@ def modules_with_bias(model: nn.Module, *, advice: str = "method.bias: use none"
         MethodError: a module's bias is used in a way that is not known.
     """
     found = []
+    head = head_paths(model)
     for path, module in base_modules(model):
-        if dict(module.named_parameters(recurse=False)).get("bias") is None:
+        if path in head or path.startswith(tuple(f"{part}." for part in head)):
+            continue  # a classification head trains whole, with every method
+        bias = dict(module.named_parameters(recurse=False)).get("bias")
+        # BERT's head names the bias of the linear map inside it as its own.
+        if bias is None or _is_of_a_child(bias, module):
             continue
         if not isinstance(module, ADD_THEIR_BIAS_LAST):
             key, _, use = advice.partition(": ")
@@ -85,3 +96,8 @@ def modules_with_bias(model: nn.Module, *, advice: str = "method.bias: use none"
             )
         found.append(path)
     return found
+
+
+def _is_of_a_child(bias: Tensor, module: nn.Module) -> bool:
+    """Return whether `bias` belongs to a module inside `module`."""
+    return any(bias is p for child in module.children() for p in child.parameters())

@@ -16,14 +16,14 @@ from tunesmith.methods.mergeable import MergeableAttachment
 from tunesmith.methods.places import linear_features, targeted_columns
 
 if TYPE_CHECKING:
-    from tunesmith.models.families import Columns
+    from tunesmith.models.family import Columns
     from tunesmith.models.sites import Sites
 
 
 class BitFit(Method):
     """Train the biases b of h = W x + b and of the norms; all weights stay."""
 
-    default_learning_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 3e-3
 
     name: Literal["bitfit"] = "bitfit"
     """Biases only."""
@@ -93,7 +93,7 @@ def _norms(sites: Sites, owners: list[str]) -> list[str]:
         MethodError: none has.
     """
     norms = [norm for block in sites.blocks for norm in block.norms]
-    found = [norm for norm in (*norms, sites.final_norm) if norm in owners]
+    found = [norm for norm in (*norms, sites.encoder_norm, sites.final_norm) if norm in owners]
     if not found:
         raise MethodError(
             f"method.targets: no norm of this {sites.model_type} has a bias; leave norm out"

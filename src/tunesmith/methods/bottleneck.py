@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import MethodError
 from tunesmith.methods.child import Child, ChildAttachment, require_free
+from tunesmith.methods.gate import Gate
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 Init = Literal["identity", "near_identity"]
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
+Reads = Literal["branch", "block"]
 
 ACTIVATIONS: Final[Mapping[Activation, Callable[[Tensor], Tensor]]] = {
     "relu": F.relu,
@@ -80,6 +82,10 @@ class Bottleneck(Child):
         self.scale = scale
         # In a tuple, or it would be a part of this module as well as of its own parent.
         self._reader: tuple[Reader, ...] = ()
+        self.token_gate: Gate | None = None
+        """How much of the change acts at each token; None is all of it."""
+        self.on_norm = False
+        """Whether it hangs under the norm that ends its block, and changes what goes into it."""
 
     def read_from(self, reader: Reader) -> None:
         """Take x from `reader` from now on."""
@@ -89,10 +95,19 @@ class Bottleneck(Child):
         """Return s up(f(down(x))) for x (..., width), in x's dtype."""
         normed = x if self.norm is None else self.norm(x)
         scale = self.scale.to(x.dtype) if isinstance(self.scale, Tensor) else self.scale
-        return scale * self.up(self.activation(self.down(normed)))
+        change: Tensor = scale * self.up(self.activation(self.down(normed)))
+        return change if self.token_gate is None else self.token_gate(x) * change
 
-    def act(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Return h + s up(f(down(x))) for h = `output` (..., width)."""
+    def act(self, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+        """Return h + s up(f(down(x))) for h = `output` (..., width).
+
+        Under a norm it is norm(z + s up(f(down(h)))) for the norm's input z.
+        """
+        if isinstance(output, tuple):  # some blocks put out more than their hidden states
+            return (self.act(module, args, output[0]), *output[1:])
+        if self.on_norm:
+            z: Tensor = args[0]
+            return module.forward(z + self.change(output).to(z.dtype))
         x = self._reader[0].take() if self._reader else output
         return output + self.change(x).to(output.dtype)
 
@@ -117,12 +132,14 @@ def bottlenecks(
     placement: Placement,
     make: Callable[[int], Bottleneck],
     *,
+    reads: Reads = "branch",
     attribute: str,
     name: str,
 ) -> dict[str, Child]:
     """Return the children that put a bottleneck on the branches of every block, by path.
 
-    houlsby: on the outputs of attention and feed-forward, before they join the residual.
+    houlsby: on the outputs of attention, of attention over an encoder, and of the feed-forward,
+        before they join the residual.
     pfeiffer: on the feed-forward's output only.
     parallel: beside the feed-forward: from its input to its output (He et al. 2022).
 
@@ -131,6 +148,7 @@ def bottlenecks(
         sites: its map.
         placement: where.
         make: gives a bottleneck for a width.
+        reads: with pfeiffer, whether x is the branch's output, or what the whole block puts out.
         attribute: what the children are called.
         name: the adapter's name, for errors.
 
@@ -141,18 +159,28 @@ def bottlenecks(
     for block in sites.blocks:
         width = _width(block)
         if placement == "houlsby":
-            children[f"{block.attention_out}.{attribute}"] = make(width)
+            for branch in block.branches[:-1]:
+                children[f"{branch}.{attribute}"] = make(width)
         last = make(width)
-        children[f"{block.mlp_out}.{attribute}"] = last
+        end = block.mlp_out if reads == "branch" else _end_of(block, sites)
+        last.on_norm = end in block.norms and reads == "block"
+        children[f"{end}.{attribute}"] = last
         if placement == "parallel":
             reader = Reader()
-            children[f"{_first_map(block, sites)}.{attribute}"] = reader
+            # Under a name of its own: a mixture's input and output are those of one module.
+            children[f"{_feed_forward(block, sites)}.{attribute}_input"] = reader
             last.read_from(reader)
     for path, child in children.items():
-        parent = path.rpartition(".")[0]
-        require_free(model, parent, attribute, name)
+        parent, _, own = path.rpartition(".")
+        require_free(model, parent, own, name)
         child.to(next(model.get_submodule(parent).parameters()).device)
     return children
+
+
+def _end_of(block: Block, sites: Sites) -> str:
+    """Return the module that puts out all of `block`: itself, or the norm that it ends with."""
+    ends_with_norm = sites.final_norm is None
+    return block.norms[-1] if ends_with_norm else block.path
 
 
 def _width(block: Block) -> int:
@@ -160,15 +188,15 @@ def _width(block: Block) -> int:
     return next(site.out_features for site in block.sites if site.name == "attention.o")
 
 
-def _first_map(block: Block, sites: Sites) -> str:
-    """Return the first linear map of the feed-forward, whose input is the feed-forward's.
+def _feed_forward(block: Block, sites: Sites) -> str:
+    """Return the module whose input is the feed-forward's: its first linear map, or a mixture.
 
     Raises:
         MethodError: there is none.
     """
     for site in block.sites:
         if site.name == "mlp.up":
-            return site.module
+            return block.mlp_out if site.kind == "experts" else site.module
     raise MethodError(
         f"method.placement: parallel reads the input of mlp.up, which {block.path} of this "
         f"{sites.model_type} does not have; use pfeiffer"

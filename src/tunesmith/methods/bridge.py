@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
-def bridges(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[RemovableHandle]:
+def bridges(
+    model: nn.Module, dtypes: Mapping[str, torch.dtype], *, down: bool = True
+) -> list[RemovableHandle]:
     """Hook every module that directly owns a parameter in `dtypes` so that it fits its neighbours.
 
     Without them a float32 layer in a bfloat16 model fails outside autocast, in `generate` say.
@@ -21,6 +23,7 @@ def bridges(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Removab
     Args:
         model: whose parameters are meant.
         dtypes: dtype of the neighbours by parameter name; float32 needs no bridge.
+        down: bring outputs down too; not where only such modules follow, as in a head.
 
     Returns:
         Handles that remove the hooks.
@@ -32,7 +35,8 @@ def bridges(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Removab
     for path, dtype in outside.items():
         module = model.get_submodule(path)
         handles.append(module.register_forward_pre_hook(_up))
-        handles.append(module.register_forward_hook(_Down(dtype)))
+        if down:
+            handles.append(module.register_forward_hook(_Down(dtype)))
     return handles
 
 
@@ -51,5 +55,7 @@ class _Down:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.to(self.dtype)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        # A router gives a tuple: the shares of the experts are float32 in the base as well, and
+        # who multiplies by them brings the product back.
+        return output.to(self.dtype) if isinstance(output, Tensor) else output

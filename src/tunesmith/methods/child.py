@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sized
+from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import MethodError
@@ -22,9 +23,24 @@ class Child(nn.Module):
     dynamo guards it like any attribute and keeps one graph for on and one for off.
     """
 
+    turn: ClassVar[int] = 3
+    """When it acts among the children of one module, whichever was attached first, so that merging
+    in the same order gives the same: 0 needs the base's own output (DoRA), 1 adds to the linear
+    map (LoRA, biases), 2 rescales the map with what was added (IA3), 3 goes on from its output."""
+
+    replaces: ClassVar[tuple[str, ...]] = ()
+    """Parameters of the module it hangs under that it has in another version of its own."""
+    adds_to: ClassVar[tuple[str, ...]] = ()
+    """Parameters of that module that it adds to or rescales."""
+
+    by_row: ClassVar[bool] = False
+    """Whether it can act in some rows of a batch only, and obeys `row_mask`."""
+
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
+        self.row_mask: Tensor | None = None
+        """The rows of the batch that it acts in, (batch,) bool; None is all."""
 
     def act(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return what `module` gives for the positional `args` in place of `output`."""
@@ -32,11 +48,53 @@ class Child(nn.Module):
 
     def hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return `act`'s output where switched on, else the base's own output."""
-        return self.act(module, args, output) if self.enabled else output
+        if not self.enabled:
+            return output
+        acted = self.act(module, args, output)
+        if self.row_mask is None:
+            return acted
+        return torch.where(for_rows_of(output, self.row_mask), acted, output)
+
+    def choose_rows(self, mask: Tensor | None) -> None:
+        """Act in the rows (batch,) bool of the batches to come; None is all rows again."""
+        self.row_mask = mask
 
     def register_on(self, parent: nn.Module) -> RemovableHandle | None:
         """Register the hook on the module this hangs under; None where a child needs no hook."""
-        return parent.register_forward_hook(self.hook)
+        handle = parent.register_forward_hook(self.hook)
+        for key, hook in list(parent._forward_hooks.items()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Child) and owner.turn > self.turn:
+                parent._forward_hooks[key] = parent._forward_hooks.pop(key)
+        return handle
+
+
+def for_rows_of(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return `mask` (batch,) in a shape that is broadcast over `hidden` (batch, length, width).
+
+    Raises:
+        MethodError: `hidden` has not one row for each of the mask's.
+    """
+    if hidden.ndim < 3:
+        raise MethodError(
+            f"rows: a module of this model computes with all tokens of the batch in a row, "
+            f"{tuple(hidden.shape)}, and does not know whose they are; use() one adapter at a time"
+        )
+    require_rows(mask, hidden.shape[0])
+    return mask.to(hidden.device).reshape(-1, *(1,) * (hidden.ndim - 1))
+
+
+def require_rows(mask: Sized, batch: int) -> None:
+    """Check that `mask`, one value a row, is for a batch of this size.
+
+    Raises:
+        MethodError: it is not.
+    """
+    if len(mask) != batch:
+        raise MethodError(
+            f"rows: {len(mask)} rows were given adapters and this batch has {batch}; give one name "
+            "a row, without packed samples and beam search"
+        )
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -135,6 +193,22 @@ class ChildAttachment(Attachment):
             for leaf, parameter in child.named_parameters()
         }
 
+    def trains_itself(self) -> frozenset[str]:
+        """Return the base parameters that the children have in versions of their own."""
+        return frozenset(
+            f"{path.rpartition('.')[0]}.{leaf}"
+            for path, child in self.children.items()
+            for leaf in child.replaces
+        )
+
+    def changes(self) -> frozenset[str]:
+        """Return the base parameters that the children act on."""
+        return self.trains_itself() | {
+            f"{path.rpartition('.')[0]}.{leaf}"
+            for path, child in self.children.items()
+            for leaf in child.adds_to
+        }
+
     @property
     def enabled(self) -> bool:
         """Whether the children act."""
@@ -145,6 +219,17 @@ class ChildAttachment(Attachment):
         self._on = on
         for child in self.children.values():
             child.enabled = on
+
+    def choose_rows(self, mask: Tensor | None) -> None:
+        """Act in the rows (batch,) bool of the batches to come only; None is all rows again.
+
+        Raises:
+            MethodError: a child acts on whole batches only.
+        """
+        for child in self.children.values():
+            if mask is not None and not child.by_row:
+                super().choose_rows(mask)
+            child.choose_rows(mask)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over saved values; names and shapes must agree.

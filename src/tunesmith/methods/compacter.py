@@ -15,6 +15,7 @@ from tunesmith.methods.bottleneck import (
     Bottleneck,
     BottleneckAttachment,
     Init,
+    Reads,
     attach_bottlenecks,
     bottleneck_size,
     bottlenecks,
@@ -33,20 +34,24 @@ A_STD: Final = 1e-2
 class Compacter(Method):
     """Train adapters h + up(f(down(h))) whose maps are W = sum_i A_i (x) B_i, with A shared."""
 
-    default_learning_rate: ClassVar[float] = 3e-3
+    default_learning_rate: ClassVar[float] = 6e-3
 
     name: Literal["compacter"] = "compacter"
     """Adapters made of Kronecker products."""
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     """houlsby: on the outputs of attention and feed-forward, which is Compacter; pfeiffer: on the
     feed-forward's output, which is Compacter++."""
+    reads: Reads = "branch"
+    """What goes into them, where placement is pfeiffer: branch, the feed-forward's output; block,
+    what the block puts out with the residual and its norm, as in AdapterHub."""
     products: int = Field(default=4, ge=1)
     """n: how many Kronecker products are summed; each A_i is n x n. It divides the model's width
     and the bottleneck."""
     rank: int = Field(default=1, ge=1)
     """Rank of each B_i = s_i t_i."""
     bottleneck: int | None = Field(default=None, ge=1)
-    """Size of the inner layer; None takes the model's width / reduction_factor."""
+    """Size of the inner layer, which n divides; None takes the model's width / reduction_factor,
+    rounded up to a multiple of n."""
     reduction_factor: int | None = Field(default=None, ge=1)
     """Width of the model over size of the inner layer; None takes 32. Set this or bottleneck."""
     activation: Activation = "gelu"
@@ -60,6 +65,8 @@ class Compacter(Method):
         """Refuse two answers to one question."""
         if self.bottleneck is not None and self.reduction_factor is not None:
             raise ValueError("bottleneck and reduction_factor both give the size; set one of them")
+        if self.reads == "block" and self.placement != "pfeiffer":
+            raise ValueError("reads: block is pfeiffer's; set placement: pfeiffer, or leave it out")
         return self
 
     def attach(
@@ -80,6 +87,7 @@ class Compacter(Method):
             sites,
             self.placement,
             lambda width: self.module(width, shared),
+            reads=self.reads,
             attribute=attribute,
             name=name,
         )
@@ -90,13 +98,15 @@ class Compacter(Method):
         """Return a fresh Compacter for a model of this width.
 
         Raises:
-            MethodError: n does not divide the width or the bottleneck.
+            MethodError: n does not divide the width or the bottleneck that is set.
         """
         size = bottleneck_size(
             width,
             size=self.bottleneck,
             reduction_factor=self.reduction_factor or REDUCTION_FACTOR,
         )
+        if self.bottleneck is None:
+            size += -size % self.products
         for what, features in (("model's width", width), ("bottleneck", size)):
             if features % self.products:
                 raise MethodError(

@@ -35,6 +35,8 @@ class Attachment(ABC):
 
     identity_at_start: ClassVar[bool] = True
     """Whether the model computes the base's logits until the first step."""
+    observes: ClassVar[bool] = False
+    """Whether it has `findings` about the tokens that it sees while `observing`."""
     trains_base: ClassVar[bool] = False
     """Whether base parameters themselves train (then they are float32 and need autocast)."""
 
@@ -66,6 +68,18 @@ class Attachment(ABC):
         finally:
             self.enable(before)
 
+    def choose_rows(self, mask: Tensor | None) -> None:
+        """Act in the rows (batch,) bool of the batches to come only; None is all rows again.
+
+        Raises:
+            MethodError: the method acts on whole batches only.
+        """
+        if mask is not None:
+            raise MethodError(
+                f"rows: {type(self).__name__} acts on whole batches and not on some rows of one; "
+                "use lora, prompt_tuning, prefix_tuning or another that does, or use()"
+            )
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return only what was trained, by the same names as `trainable`."""
         return {name: parameter.detach() for name, parameter in self.trainable().items()}
@@ -96,14 +110,30 @@ class Attachment(ABC):
         Raises:
             MethodError: the method is not linear in the weight.
         """
-        raise MethodError(f"{type(self).__name__} is not linear in the weights and cannot merge")
+        raise MethodError(
+            f"what {type(self).__name__} adds is no change of weights, so it cannot merge; keep "
+            "the adapter beside the base"
+        )
 
     def unmerge(self) -> None:
         """Undo `merge`: the base weights are again exactly what they were."""
-        raise MethodError(f"{type(self).__name__} is not linear in the weights and cannot merge")
+        raise MethodError(f"{type(self).__name__} cannot merge, so there is nothing to unmerge")
 
     def detach(self) -> None:  # noqa: B027  # nothing to do where nothing was hung
         """Remove every child and hook; the model is the plain base again."""
+
+    @property
+    def turn(self) -> int:
+        """When it merges among the attachments of one model; see `Child.turn`."""
+        return 0
+
+    def trains_itself(self) -> frozenset[str]:
+        """Return the base parameters whose values it replaces by ones of its own, by name."""
+        return frozenset()
+
+    def changes(self) -> frozenset[str]:
+        """Return the base parameters that it acts on, by name: what its merge would write."""
+        return self.trains_itself()
 
     def penalty(self) -> Tensor | None:
         """Return a term () that is added to the mean loss (orthogonality, L0), or None."""
@@ -118,6 +148,15 @@ class Attachment(ABC):
 
     def load_extra_state(self, state: Mapping[str, JSON]) -> None:  # noqa: B027  # most methods need none
         """Take over a saved `extra_state`."""
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Look on, inside a `with` block, for what `findings` tells."""
+        yield
+
+    def findings(self) -> dict[str, JSON]:
+        """Return what it has become, by name, for the evidence of a run."""
+        return {}
 
     def export_peft(self) -> PeftFiles:
         """Return the adapter in PEFT's layout.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tunesmith.models.quantize import numel
+
 
 @dataclass(frozen=True)
 class ParameterCounts:
@@ -28,4 +30,4 @@ def count_parameters(
     by_kind: Counter[str] = Counter()
     for name, parameter in trainable.items():
         by_kind[re.sub(r"\.\d+(?=\.)", ".*", name)] += parameter.numel()
-    return ParameterCounts(by_kind.total(), sum(p.numel() for p in base.values()), dict(by_kind))
+    return ParameterCounts(by_kind.total(), sum(map(numel, base.values())), dict(by_kind))

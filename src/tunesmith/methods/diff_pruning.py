@@ -20,7 +20,7 @@ from tunesmith.methods.places import column_index, linear_features, targeted_col
 from tunesmith.methods.tensors import check_against, copy_into, whole
 
 if TYPE_CHECKING:
-    from tunesmith.models.families import Columns
+    from tunesmith.models.family import Columns
     from tunesmith.models.sites import Sites
     from tunesmith.types import JSON
 
@@ -31,7 +31,7 @@ ALPHA_START: Final = 5.0
 class DiffPruning(Method):
     """Train a change delta = z * w of the weights whose gates z leave few elements of it."""
 
-    default_learning_rate: ClassVar[float] = 5e-5
+    default_learning_rate: ClassVar[float] = 5e-4
 
     name: Literal["diff_pruning"] = "diff_pruning"
     """A sparse change of the weights."""
@@ -63,8 +63,9 @@ class DiffPruning(Method):
         for path, columns in targeted_columns(model, sites, self.targets).items():
             require_free(model, path, attribute, name)
             module = model.get_submodule(path)
-            diff = Diff(module, path, columns, structured=self.structured)
-            diffs[path] = diff.to(model.get_parameter(f"{path}.weight").device)
+            # Made where it belongs: it is as large as the weight, in float32.
+            with torch.device(model.get_parameter(f"{path}.weight").device):
+                diffs[path] = Diff(module, path, columns, structured=self.structured)
         return DiffPruningAttachment(model, diffs, self, attribute=attribute)
 
 
@@ -141,6 +142,7 @@ class Diff(Mergeable):
         structured: with a gate for each of weight and bias.
     """
 
+    adds_to: ClassVar[tuple[str, ...]] = ("weight", "bias")
     columns: Tensor | None
 
     def __init__(

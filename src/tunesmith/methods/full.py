@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Full(Method):
     """Train all parameters, in float32; matrix products run under autocast."""
 
-    default_learning_rate: ClassVar[float] = 2e-5
+    default_learning_rate: ClassVar[float] = 5e-5
     base_dtype: ClassVar[Literal["auto", "float32"]] = "float32"
 
     name: Literal["full"] = "full"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +15,15 @@ from torch import Tensor, nn
 from tunesmith.errors import AdapterError, MethodError
 from tunesmith.methods.child import base_modules, require_free
 from tunesmith.methods.contract import Method, PeftFiles
+from tunesmith.methods.experts import (
+    ExpertInputScale,
+    ExpertPart,
+    InExperts,
+    ScalesInExperts,
+    expert_places,
+    in_experts,
+    merged_experts,
+)
 from tunesmith.methods.mergeable import Mergeable, MergeableAttachment
 from tunesmith.methods.peft_format import (
     PREFIX,
@@ -27,7 +37,8 @@ from tunesmith.methods.peft_format import (
 from tunesmith.methods.peft_targets import short_names
 from tunesmith.methods.places import column_index, linear_features, targeted_columns
 from tunesmith.methods.tensors import check_against, copy_into, whole
-from tunesmith.models.families import Columns
+from tunesmith.models.experts import route_experts, unroute_experts
+from tunesmith.models.family import Columns
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -37,26 +48,49 @@ if TYPE_CHECKING:
     from tunesmith.models.sites import Sites
 
 
-class IA3(Method):
-    """Learn one factor for each key, value and inner feed-forward activation: l * x."""
+_PAPER = ("attention.k", "attention.v", "cross.k", "cross.v", "mlp.down", "shared.down")
+"""What the paper rescales, in an encoder-decoder, and in the feed-forward of shared experts."""
+_INNER = ("mlp.down", "shared.down")
+"""Where the paper rescales the input."""
 
-    default_learning_rate: ClassVar[float] = 3e-3
+
+class IA3(Method):
+    """Learn one factor for each key, value and inner feed-forward activation: l * x.
+
+    In an encoder-decoder, the paper's T0, keys and values of the cross attention too (section 3.3).
+    """
+
+    default_learning_rate: ClassVar[float] = 2e-2
     peft_type: ClassVar[str | None] = "IA3"
 
     name: Literal["ia3"] = "ia3"
     """Rescaled keys, values and feed-forward activations."""
-    targets: list[str] = Field(default=["attention.k", "attention.v", "mlp.down"], min_length=1)
-    """Sites whose output is rescaled; those in `inputs` have their input rescaled."""
-    inputs: list[str] = Field(default=["mlp.down"])
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Sites whose output is rescaled; those in `inputs` have their input rescaled. None is the
+    paper's: attention.k and attention.v, cross.k and cross.v where there are any, and mlp.down (of
+    every expert by itself, in a mixture, and shared.down)."""
+    inputs: list[str] | None = None
     """Which of the targets have their input rescaled: for mlp.down that is the activation between
-    the two feed-forward maps, the paper's place."""
+    the two feed-forward maps. None is the paper's: mlp.down and shared.down."""
 
     @model_validator(mode="after")
     def _inputs_are_targets(self) -> Self:
         """Refuse an input site that is no target."""
-        if other := sorted(set(self.inputs) - set(self.targets)):
+        if other := sorted(set(self.inputs or ()) - set(self.targets or _PAPER)):
             raise ValueError(f"inputs: {other[0]!r} is not among the targets; add it there too")
         return self
+
+    def sites_of(self, sites: Sites) -> list[str]:
+        """Return the names of what is rescaled in a model with these sites."""
+        if self.targets is not None:
+            return self.targets
+        optional = ("cross.", "shared.")
+        return [name for name in _PAPER if name in sites.names or not name.startswith(optional)]
+
+    def inputs_of(self, sites: Sites) -> list[str]:
+        """Return the names of those whose input is rescaled."""
+        inner = _INNER if self.inputs is None else self.inputs
+        return [name for name in self.sites_of(sites) if name in inner]
 
     def attach(self, model: nn.Module, sites: Sites, *, name: str = "default") -> IA3Attachment:
         """Hang a vector of ones at every target.
@@ -65,14 +99,20 @@ class IA3(Method):
             MethodError: a target is no site, shares its input with a site that is no target, or
                 the name is taken.
         """
-        outputs = [site for site in self.targets if site not in self.inputs]
+        inputs = self.inputs_of(sites)
+        outputs = [site for site in self.sites_of(sites) if site not in inputs]
         scales: dict[str, Rescale] = {}
         for path, columns in targeted_columns(model, sites, outputs).items():
             scales[path] = OutputScale(model.get_submodule(path), path, columns)
-        for path, columns in targeted_columns(model, sites, self.inputs).items():
+        for path, columns in targeted_columns(model, sites, inputs, leave_experts=True).items():
             _require_own_input(path, columns)
             scales[path] = InputScale(model.get_submodule(path), path)
-        return attach_scales(model, scales, name=name)
+        in_each: dict[tuple[str, str], ExpertPart] = {}
+        for place in expert_places(model, sites, inputs, rank=1, alpha=1.0):
+            _require_own_input(place.path, place.columns)
+            part = ExpertInputScale(place.num_experts, place.in_features)
+            in_each[place.module, place.parameter] = part
+        return attach_scales(model, scales, name=name, in_each=in_each)
 
     @classmethod
     def attach_peft(
@@ -96,7 +136,7 @@ class IA3(Method):
         )
         columns: dict[str, Columns | None] = {}
         if isinstance(recorded, IA3):
-            columns = targeted_columns(model, sites, recorded.targets)
+            columns = targeted_columns(model, sites, recorded.sites_of(sites))
         scales: dict[str, Rescale] = {}
         for path, module in adapted_modules(config, files.tensors, "ia3_l", model).items():
             if config.rescales_input(path):
@@ -111,8 +151,14 @@ class IA3(Method):
         return method, attach_scales(model, scales, name=name)
 
 
-def attach_scales(model: nn.Module, scales: Mapping[str, Rescale], *, name: str) -> IA3Attachment:
-    """Hang each of `scales` under the linear map at its path.
+def attach_scales(
+    model: nn.Module,
+    scales: Mapping[str, Rescale],
+    *,
+    name: str,
+    in_each: Mapping[tuple[str, str], ExpertPart] = MappingProxyType({}),
+) -> IA3Attachment:
+    """Hang each of `scales` under the linear map at its path, and `in_each` in the experts.
 
     Raises:
         MethodError: the name is taken.
@@ -120,7 +166,9 @@ def attach_scales(model: nn.Module, scales: Mapping[str, Rescale], *, name: str)
     for path, scale in scales.items():
         require_free(model, path, f"ia3_{name}", name)
         scale.to(model.get_parameter(f"{path}.weight").device)
-    return IA3Attachment(model, {f"{p}.ia3_{name}": s for p, s in scales.items()})
+    experts = in_experts(ScalesInExperts, model, in_each, attribute=f"ia3_{name}", name=name)
+    children = {f"{path}.ia3_{name}": scale for path, scale in scales.items()}
+    return IA3Attachment(model, children, experts=experts)
 
 
 def _require_own_input(path: str, columns: Columns | None) -> None:
@@ -142,7 +190,12 @@ def rescale(x: Tensor, factors: Tensor) -> Tensor:
 
 
 class Rescale(Mergeable):
-    """Factors l, float32, all one at the start (Liu et al. 2022, arXiv:2205.05638, sec. 3.3)."""
+    """Factors l, float32, all one at the start (Liu et al. 2022, arXiv:2205.05638, sec. 3.3).
+
+    They rescale the linear map with all that other methods add to it.
+    """
+
+    turn: ClassVar[int] = 2
 
     l: nn.Parameter  # noqa: E741 - the paper's letter
 
@@ -242,20 +295,46 @@ class IA3Attachment(MergeableAttachment):
 
     title: ClassVar[str] = "IA3"
 
-    def __init__(self, model: nn.Module, scales: Mapping[str, Rescale]) -> None:
-        super().__init__(model, scales)
+    def __init__(
+        self,
+        model: nn.Module,
+        scales: Mapping[str, Rescale],
+        *,
+        experts: Mapping[str, InExperts],
+    ) -> None:
+        if experts:
+            route_experts(model)
+        super().__init__(model, {**scales, **experts})
+        self.experts = dict(experts)
         self.scales = {path.rpartition(".")[0]: scale for path, scale in scales.items()}
 
     def merged_values(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each weight and bias by name, with the factors in it."""
         yield from self.merged_weights(self.scales)
+        yield from merged_experts(self.model, self.experts)
         for path, scale in self.scales.items():
             bias = self.model.get_submodule(path).bias
             if isinstance(scale, OutputScale) and isinstance(bias, Tensor):
                 yield f"{path}.bias", scale.over_all(scale.l) * bias.float()
 
+    def detach(self) -> None:
+        """Remove every child and hook; the model is the plain base again."""
+        super().detach()
+        if self.experts:
+            unroute_experts(self.model)
+            self.experts = {}
+
     def export_peft(self) -> PeftFiles:
-        """Return the adapter as PEFT writes IA3; a fused projection's other columns are one."""
+        """Return the adapter as PEFT writes IA3; a fused projection's other columns are one.
+
+        Raises:
+            MethodError: it rescales experts.
+        """
+        if self.experts:
+            raise MethodError(
+                "PEFT's IA3 reaches linear maps only, and this one rescales fused experts; use "
+                "save() instead, or leave mlp.down out of method.targets"
+            )
         inputs = [path for path, scale in self.scales.items() if isinstance(scale, InputScale)]
         outputs = [path for path in self.scales if path not in inputs]
         modules = [path for path, _ in base_modules(self.model)]

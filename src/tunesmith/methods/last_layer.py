@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 class LastLayer(Method):
     """Train the last blocks, the final norm and the head, each where asked for."""
 
-    default_learning_rate: ClassVar[float] = 1e-4
+    default_learning_rate: ClassVar[float] = 1e-3
 
     name: Literal["last_layer"] = "last_layer"
     """The last blocks, the final norm, the head."""
     blocks: int = Field(default=1, ge=0)
-    """How many blocks, counted from the last."""
-    norm: bool = True
-    """Train the final norm, the one before the head."""
+    """How many blocks, counted from the last: in an encoder-decoder, of the decoder."""
+    norm: bool | None = None
+    """Train the final norm, the one before the head. None trains it where the model has one: the
+    blocks of BERT and its like end with their own."""
     head: bool = False
-    """Train the head (the output embedding)."""
+    """Train the head (the output embedding; the head of a classifier trains with every method)."""
     allow_tied: bool = False
     """Train the head even where it is the input embedding as well, which then changes too."""
     keep_base: bool = True
@@ -40,7 +41,7 @@ class LastLayer(Method):
     @model_validator(mode="after")
     def _something_trains(self) -> Self:
         """Refuse settings under which nothing would train."""
-        if not (self.blocks or self.norm or self.head):
+        if not (self.blocks or self.norm is not False or self.head):
             raise ValueError("last_layer trains nothing: set blocks >= 1, norm or head")
         return self
 
@@ -68,17 +69,24 @@ class LastLayer(Method):
 
     def _modules(self, model: nn.Module, sites: Sites) -> Iterator[str]:
         """Yield the paths of what trains."""
-        if self.blocks > len(sites.blocks):
+        blocks = [block for block in sites.blocks if block.stack == sites.blocks[-1].stack]
+        if self.blocks > len(blocks):
             raise MethodError(
-                f"method.blocks: {self.blocks} is more than the {len(sites.blocks)} blocks of this "
-                f"model; use at most {len(sites.blocks)}, or full to train everything"
+                f"method.blocks: {self.blocks} is more than the {len(blocks)} blocks of this "
+                f"model's {blocks[-1].stack}; use at most {len(blocks)}, or full to train "
+                "everything"
             )
-        yield from (block.path for block in sites.blocks[len(sites.blocks) - self.blocks :])
-        if self.norm:
-            if sites.final_norm is None:
-                raise MethodError(f"method.norm: a {sites.model_type} has no final norm; use false")
+        yield from (block.path for block in blocks[len(blocks) - self.blocks :])
+        if sites.final_norm is not None and self.norm is not False:
             yield sites.final_norm
-        if self.head:
+        elif self.norm or not (self.blocks or self.head):
+            raise MethodError(
+                f"method.norm: a {sites.model_type} has no norm after its last block to train; use "
+                "false and blocks >= 1"
+            )
+        if self.head and sites.classifier:
+            yield from sites.classifier
+        elif self.head:
             yield self._head(model, sites)
 
     def _head(self, model: nn.Module, sites: Sites) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -13,11 +13,22 @@ from tunesmith.errors import AdapterError, MethodError
 from tunesmith.methods.bias import Bias, modules_with_bias
 from tunesmith.methods.child import require_free
 from tunesmith.methods.contract import Method, PeftFiles
+from tunesmith.methods.experts import (
+    AddedInExperts,
+    ExpertPair,
+    ExpertPlace,
+    InExperts,
+    expert_places,
+    in_experts,
+    merged_experts,
+)
 from tunesmith.methods.low_rank import DoRA, Init, LowRank, orthonormal_pair, principal_pair
 from tunesmith.methods.mergeable import MergeableAttachment, require_dense
+from tunesmith.methods.peft_experts import peft_expert_places
 from tunesmith.methods.peft_lora import (
     LoraFiles,
     Pair,
+    PeftLora,
     lora_places,
     read_lora,
     read_lora_config,
@@ -32,11 +43,13 @@ from tunesmith.methods.places import (
     touched_sites,
 )
 from tunesmith.methods.tensors import copy_into
+from tunesmith.models.experts import route_experts, unroute_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tunesmith.methods.contract import Attachment
+    from tunesmith.models.family import Columns
     from tunesmith.models.sites import Sites
 
 __all__ = ["LoRA", "LoraAttachment", "targeted_columns"]
@@ -45,7 +58,7 @@ __all__ = ["LoRA", "LoraAttachment", "targeted_columns"]
 class LoRA(Method):
     """Train a low-rank update B A beside frozen linear maps: h = W x + (alpha / r) B A x."""
 
-    default_learning_rate: ClassVar[float] = 2e-4
+    default_learning_rate: ClassVar[float] = 5e-4
     peft_type: ClassVar[str | None] = "LORA"
 
     name: Literal["lora"] = "lora"
@@ -61,7 +74,8 @@ class LoRA(Method):
     """Probability of dropping an element of the update's input while training."""
     targets: Annotated[list[str], Field(min_length=1)] | Literal["all"] = "all"
     """Sites to adapt, such as [attention.q, attention.v]; all is every linear map in the blocks,
-    without head and embedding."""
+    without head and embedding. In a mixture of experts that is each expert by itself; the router
+    stays as it is."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps high ranks learning (Kalajdzievski 2023)."""
     dora: bool = False
@@ -107,11 +121,27 @@ class LoRA(Method):
         return attach_places(model, self.places(model, sites), self, name=name)
 
     def places(self, model: nn.Module, sites: Sites) -> list[Place]:
-        """Return where the pairs go: one a module, over the columns of the targeted sites."""
-        places = places_of(model, sites, self.targets, rank=self.rank, alpha=self.strength)
+        """Return where the pairs go: one a weight, over the columns of the targeted sites."""
+        rank, alpha = self.rank, self.strength
+        experts = expert_places(model, sites, self.targets, rank=rank, alpha=alpha)
+        if experts:
+            self._require_factors(experts[0])
+        linear = places_of(model, sites, self.targets, rank=rank, alpha=alpha, leave_experts=True)
+        places = [*linear, *experts]
         for place in places:
             require_rank(place)
         return places
+
+    def _require_factors(self, place: ExpertPlace) -> None:
+        """Raise MethodError where a setting would form the whole weight of every expert."""
+        if not (self.dora or self.keeps_start):
+            return
+        setting = "method.dora" if self.dora else f"method.init: {self.init}"
+        raise MethodError(
+            f"{setting} works on whole weights, and those of the {place.num_experts} experts in "
+            f"{place.path} are never formed in a step; leave the mlp sites out of method.targets, "
+            "or use plain lora"
+        )
 
     @classmethod
     def attach_peft(
@@ -128,10 +158,13 @@ class LoRA(Method):
         if isinstance(recorded, LoRA) and recorded.keeps_start:
             method, places = recorded, recorded.places(model, sites)
         elif isinstance(recorded, LoRA):
-            columns = targeted_columns(model, sites, recorded.targets)
-            method, places = recorded, lora_places(model, config, files.tensors, columns)
+            method, targets = recorded, recorded.targets
+            columns = targeted_columns(model, sites, targets, leave_experts=True)
+            in_each = expert_places(model, sites, targets, rank=1, alpha=1.0)
+            columns |= {place.path: place.columns for place in in_each}
+            places = peft_places(model, sites, config, files.tensors, columns=columns)
         else:
-            places = lora_places(model, config, files.tensors, {})
+            places = peft_places(model, sites, config, files.tensors, columns={})
             method = None
         read = read_lora(
             model,
@@ -151,6 +184,23 @@ class LoRA(Method):
         return method, attachment
 
 
+def peft_places(
+    model: PreTrainedModel,
+    sites: Sites,
+    config: PeftLora,
+    tensors: Mapping[str, Tensor],
+    *,
+    columns: Mapping[str, Columns | None],
+) -> list[Place]:
+    """Return where PEFT's files put pairs, beside linear maps and in experts.
+
+    Raises:
+        AdapterError: they target nothing of this model.
+    """
+    linear = lora_places(model, config, tensors, columns)
+    return [*linear, *peft_expert_places(sites, config, columns, model)]
+
+
 def _described(files: LoraFiles, sites: Sites) -> LoRA:
     """Return PEFT's configuration as our method: exact but for ranks and blocks that differ."""
     config = files.config
@@ -158,11 +208,24 @@ def _described(files: LoraFiles, sites: Sites) -> LoRA:
         rank=config.r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
-        targets=touched_sites(sites, (place.module for place in files.places)) or "all",
+        targets=_touched(sites, files.places) or "all",
         rslora=config.use_rslora,
         dora=config.use_dora,
         bias="all" if files.biases else "none",
     )
+
+
+def _touched(sites: Sites, places: Sequence[Place]) -> list[str]:
+    """Return the names of the sites at `places`, sorted."""
+    linear = [place.module for place in places if not isinstance(place, ExpertPlace)]
+    weights = {(p.module, p.parameter) for p in places if isinstance(p, ExpertPlace)}
+    in_each = {
+        site.name
+        for block in sites.blocks
+        for site in block.sites
+        if (site.module, site.parameter) in weights
+    }
+    return sorted({*touched_sites(sites, linear), *in_each})
 
 
 def _require_no_bias(head: nn.Module, path: str) -> None:
@@ -201,8 +264,15 @@ def attach_places(
     with_bias = modules_with_bias(model) if method.bias == "all" else []
     if method.bias == "all" and not with_bias:
         raise MethodError("method.bias: all trains nothing, for this model has no biases; use none")
-    pairs, biases = {}, {}
+    pairs, biases, in_each = {}, {}, {}
     for place in places:
+        if isinstance(place, ExpertPlace):
+            pair_of_experts = _expert_pair(place, method)
+            if values is not None:
+                copy_into(pair_of_experts.A, values[place.path].A)
+                copy_into(pair_of_experts.B, values[place.path].B)
+            in_each[place.module, place.parameter] = pair_of_experts
+            continue
         require_free(model, place.module, f"lora_{name}", name)
         module = model.get_submodule(place.module)
         pair = _pair(place, method).to(module.get_parameter("weight").device)
@@ -214,7 +284,8 @@ def attach_places(
     for path in with_bias:
         require_free(model, path, f"bias_{name}", name)
         biases[f"{path}.bias_{name}"] = Bias(model.get_parameter(f"{path}.bias"))
-    return LoraAttachment(model, pairs, biases, method)
+    experts = in_experts(AddedInExperts, model, in_each, attribute=f"lora_{name}", name=name)
+    return LoraAttachment(model, pairs, biases, method, experts=experts)
 
 
 def _pair(place: Place, method: LoRA) -> LowRank:
@@ -225,6 +296,17 @@ def _pair(place: Place, method: LoRA) -> LowRank:
         rslora=method.rslora,
         dropout=method.dropout,
         init=method.init,
+        freeze_a=method.freeze_a,
+    )
+
+
+def _expert_pair(place: ExpertPlace, method: LoRA) -> ExpertPair:
+    """Return the pairs for `place`, with random A and B = 0."""
+    return ExpertPair(
+        place,
+        rslora=method.rslora,
+        dropout=method.dropout,
+        gaussian=method.init == "gaussian",
         freeze_a=method.freeze_a,
     )
 
@@ -267,12 +349,27 @@ class LoraAttachment(MergeableAttachment):
     title: ClassVar[str] = "LoRA"
 
     def __init__(
-        self, model: nn.Module, pairs: dict[str, LowRank], biases: dict[str, Bias], method: LoRA
+        self,
+        model: nn.Module,
+        pairs: dict[str, LowRank],
+        biases: dict[str, Bias],
+        method: LoRA,
+        *,
+        experts: dict[str, InExperts],
     ) -> None:
-        super().__init__(model, {**pairs, **biases})
+        if experts:
+            route_experts(model)
+        super().__init__(model, {**pairs, **biases, **experts})
+        self.experts = experts
         self.pairs = {path.rpartition(".")[0]: pair for path, pair in pairs.items()}
         self.biases = {path.rpartition(".")[0]: bias for path, bias in biases.items()}
         self._method = method
+
+    @property
+    def expert_pairs(self) -> dict[str, ExpertPair]:
+        """The pairs in experts, by the full name of their weight."""
+        parts = [part for child in self.experts.values() for part in child.parts.values()]
+        return {part.place.path: part for part in parts if isinstance(part, ExpertPair)}
 
     def learning_rate_scale(self, name: str) -> float:
         """Return LoRA+'s ratio for a B, 1 for the rest (Hayou et al. 2024, arXiv:2402.12354)."""
@@ -281,8 +378,16 @@ class LoraAttachment(MergeableAttachment):
     def merged_values(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights with s B A in them, and the biases."""
         yield from self.merged_weights(self.pairs)
+        yield from merged_experts(self.model, self.experts)
         for path, bias in self.biases.items():
             yield f"{path}.bias", bias.value
+
+    def detach(self) -> None:
+        """Remove every child and hook; the model is the plain base again."""
+        super().detach()
+        if self.experts:
+            unroute_experts(self.model)
+            self.experts = {}
 
     def load_biases(self, biases: Mapping[str, Tensor]) -> None:
         """Take over biases by the path of their module; shapes are checked before."""
@@ -293,5 +398,10 @@ class LoraAttachment(MergeableAttachment):
         """Return the adapter as PEFT writes LoRA; a fused projection's other columns are zero."""
         method = self._method
         return write_lora(
-            self.model, self.pairs, self.biases, dropout=method.dropout, rslora=method.rslora
+            self.model,
+            self.pairs,
+            self.biases,
+            experts=self.expert_pairs,
+            dropout=method.dropout,
+            rslora=method.rslora,
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.methods.gate import Gate
 from tunesmith.methods.mergeable import Mergeable
 from tunesmith.methods.places import Place, linear_features, linear_weight, spread
 from tunesmith.methods.tensors import whole
@@ -35,6 +36,8 @@ class LowRank(Mergeable):
         freeze_a: A does not train (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303).
     """
 
+    by_row: ClassVar[bool] = True
+
     A: Tensor
     A0: Tensor | None
     B0: Tensor | None
@@ -53,6 +56,8 @@ class LowRank(Mergeable):
         self.place = place
         self.scale = place.alpha / (math.sqrt(place.rank) if rslora else place.rank)
         self.dropout = dropout
+        self.token_gate: Gate | None = None
+        """How much of the update acts at each token; None is all of it."""
         A = torch.empty(place.rank, place.in_features, dtype=torch.float32)
         if init == "gaussian":
             nn.init.normal_(A, std=1 / place.rank)
@@ -93,7 +98,10 @@ class LowRank(Mergeable):
 
     def act(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Return `output` (..., out) + s B A x for x (..., in), in x's dtype."""
-        return output + self.update(args[0]).to(output.dtype)
+        update = self.update(args[0])
+        if self.token_gate is not None:
+            update = self.token_gate(args[0]) * update
+        return output + update.to(output.dtype)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -115,6 +123,9 @@ class DoRA(LowRank):
     a constant in the backward pass (section 4.3). W is (out, in) here, so the paper's columns are
     rows. The norm needs W + s B A in float32 once a forward pass.
     """
+
+    turn: ClassVar[int] = 0
+    replaces: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(
         self,

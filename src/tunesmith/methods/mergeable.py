@@ -18,6 +18,9 @@ from tunesmith.methods.places import stored_as
 class Mergeable(Child):
     """A child whose effect is another weight of the linear map it hangs under."""
 
+    turn: ClassVar[int] = 1
+    adds_to: ClassVar[tuple[str, ...]] = ("weight",)
+
     @abstractmethod
     def merged(self, weight: Tensor) -> Tensor:
         """Return the weight (out, in) that does alone what `weight`, float32, does with this."""
@@ -33,6 +36,11 @@ class MergeableAttachment(ChildAttachment):
         super().__init__(model, children)
         self._originals: dict[str, Tensor] | None = None
         self._on_before_merge = True
+
+    @property
+    def turn(self) -> int:
+        """When it merges among the attachments of one model: in the turn of its children."""
+        return min((child.turn for child in self.children.values()), default=Child.turn)
 
     @abstractmethod
     def merged_values(self) -> Iterable[tuple[str, Tensor]]:
@@ -118,5 +126,6 @@ def require_dense(what: str, weight: Tensor, so: str) -> None:
         )
     if not weight.is_floating_point():
         raise MethodError(
-            f"the {what} is quantised ({weight.dtype}), so {so}; load the base model unquantised"
+            f"the {what} is quantised ({weight.dtype}), so {so}; merge the tuned model, which "
+            "dequantises its base first, or use model.quantize: none"
         )

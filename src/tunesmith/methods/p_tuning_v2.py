@@ -12,10 +12,8 @@ from tunesmith.methods.contract import Method
 from tunesmith.methods.prefix import (
     AttentionAttachment,
     Prefix,
-    join,
-    positions_after,
     random_key_values,
-    stack_path,
+    room_for,
 )
 from tunesmith.models.attention_layers import attention_layers
 
@@ -26,9 +24,13 @@ if TYPE_CHECKING:
 
 
 class PTuningV2(Method):
-    """Train prompts as keys and values in every layer: h_i attends to [P_i; h_i]."""
+    """Train prompts as keys and values in every layer: h_i attends to [P_i; h_i].
 
-    default_learning_rate: ClassVar[float] = 5e-3
+    An encoder-decoder has them in the self-attention of both stacks and not in the cross attention,
+    whose keys are no layer of the decoder.
+    """
+
+    default_learning_rate: ClassVar[float] = 2e-2
 
     name: Literal["p_tuning_v2"] = "p_tuning_v2"
     """Deep prompts, independent in every layer."""
@@ -49,12 +51,12 @@ class PTuningV2(Method):
         base = cast("PreTrainedModel", model)
         attribute = f"p_tuning_v2_{name}"
         children: dict[str, Child] = {}
-        for layer in attention_layers(base, sites):
+        layers = [x for x in attention_layers(base, sites) if x.place != "cross"]
+        for layer in layers:
             require_free(model, layer.path, attribute, name)
             start = random_key_values(layer, self.length, self.std)
             children[f"{layer.path}.{attribute}"] = Prefix(*start)
-        positions = positions_after(base, sites, self.length)
-        children[join(stack_path(sites), attribute)] = positions
+        children |= room_for(base, sites, self.length, attribute=attribute)
         return PromptsAttachment(base, children)
 
 

@@ -31,7 +31,7 @@ from tunesmith.methods.tensors import check_against
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tunesmith.models.families import Columns
+    from tunesmith.models.family import Columns
 
 
 class PeftAdaLora(PeftTargets):

@@ -87,10 +87,20 @@ def common_config(model: PreTrainedModel, peft_type: str) -> dict[str, Any]:
     """Return the keys that every one of PEFT's configurations has."""
     return {
         "peft_type": peft_type,
-        "task_type": "CAUSAL_LM" if model.get_output_embeddings() is not None else None,
+        "task_type": _task_type(model),
         "base_model_name_or_path": model.name_or_path or None,
         "inference_mode": True,
     }
+
+
+def _task_type(model: PreTrainedModel) -> str | None:
+    """Return what PEFT calls the model's kind; None where it has no name for it.
+
+    That is a model without a head, or with BERT's, which fills in masked tokens and writes no text.
+    """
+    if model.get_output_embeddings() is None or not model.can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def stored_transposed(model: nn.Module, paths: Iterable[str]) -> bool:

@@ -15,7 +15,14 @@ from tunesmith.errors import AdapterError
 from tunesmith.methods.bias import modules_with_bias
 from tunesmith.methods.child import base_modules
 from tunesmith.methods.contract import PeftFiles
+from tunesmith.methods.experts import ExpertPair, ExpertPlace
 from tunesmith.methods.low_rank import DoRA, LowRank
+from tunesmith.methods.peft_experts import (
+    expected_experts,
+    expert_settings,
+    expert_tensors,
+    expert_values,
+)
 from tunesmith.methods.peft_format import (
     PREFIX,
     PeftTargets,
@@ -36,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tunesmith.methods.bias import Bias
-    from tunesmith.models.families import Columns
+    from tunesmith.models.family import Columns
 
 WITHOUT_EFFECT: Final = {
     "corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_ga_config",
@@ -60,6 +67,7 @@ class PeftLora(PeftTargets):
     use_dora: bool = False
     bias: str = "none"
     init_lora_weights: bool | str = True
+    target_parameters: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,9 @@ class Pair:
     """The values at one place."""
 
     A: Tensor
-    """(rank, in)."""
+    """(rank, in), and for experts (experts, rank, in)."""
     B: Tensor
-    """(reached, rank)."""
+    """(reached, rank), and for experts (experts, reached, rank)."""
     m: Tensor | None = None
     """DoRA's magnitudes (reached,)."""
 
@@ -81,7 +89,7 @@ class LoraFiles:
     config: PeftLora
     places: list[Place]
     pairs: dict[str, Pair]
-    """Values by the path of their module."""
+    """Values by the path of their module, or of their weight where that is one of experts."""
     biases: dict[str, Tensor]
     """Bias (out,) by the path of its module."""
 
@@ -91,10 +99,13 @@ def write_lora(
     pairs: Mapping[str, LowRank],
     biases: Mapping[str, Bias],
     *,
+    experts: Mapping[str, ExpertPair],
     dropout: float,
     rslora: bool,
 ) -> PeftFiles:
     """Return `pairs` and `biases`, by the path of their module, as PEFT writes them.
+
+    `experts` are by the full name of their weight.
 
     A pair that started as a part of the weight (pissa, olora) is written as one of twice the rank,
     [A; A0] and [B, -B0], which is the same map over the base as it is.
@@ -114,7 +125,9 @@ def write_lora(
             )
     for path, bias in biases.items():
         tensors[_bias_name(path, pairs)] = whole(bias.value)
+    tensors |= expert_tensors(experts)
     sizes = {path: _written_size(pair, rslora=rslora) for path, pair in pairs.items()}
+    sizes |= {path: (pair.place.rank, pair.place.alpha) for path, pair in experts.items()}
     rank = most_common(r for r, _ in sizes.values())
     alpha = most_common(a for _, a in sizes.values())
     config: dict[str, Any] = common_config(model, "LORA") | {
@@ -124,11 +137,12 @@ def write_lora(
         "use_rslora": rslora,
         "use_dora": any(isinstance(pair, DoRA) for pair in pairs.values()),
         "bias": "all" if biases else "none",
-        "fan_in_fan_out": stored_transposed(model, pairs),
+        "fan_in_fan_out": bool(pairs) and stored_transposed(model, pairs),
         "init_lora_weights": True,
         "target_modules": short_names(pairs, [path for path, _ in base_modules(model)]),
         "rank_pattern": {path: r for path, (r, _) in sizes.items() if r != rank},
         "alpha_pattern": {path: a for path, (_, a) in sizes.items() if a != alpha},
+        **expert_settings(model, experts),
     }
     return PeftFiles(config, tensors)
 
@@ -177,6 +191,8 @@ def lora_places(
     Raises:
         AdapterError: it targets nothing of this model.
     """
+    if config.target_parameters and config.target_modules == []:
+        return []
     return [
         Place(
             path,
@@ -209,10 +225,12 @@ def read_lora(
     Raises:
         AdapterError: names or shapes do not fit; the first that does not is named.
     """
-    adapted = {place.module for place in places}
+    experts = [place for place in places if isinstance(place, ExpertPlace)]
+    linear = [place for place in places if not isinstance(place, ExpertPlace)]
+    adapted = {place.module for place in linear}
     with_bias = modules_with_bias(model) if config.bias == "all" else []
-    expected = {}
-    for place in places:
+    expected = dict(expected_experts(experts))
+    for place in linear:
         owner, rank = f"{PREFIX}{place.module}", place.rank * (2 if with_start else 1)
         expected[f"{owner}.lora_A.weight"] = torch.Size((rank, place.in_features))
         expected[f"{owner}.lora_B.weight"] = torch.Size((place.out_features, rank))
@@ -224,7 +242,8 @@ def read_lora(
     return LoraFiles(
         config,
         list(places),
-        {place.module: _pair(place, tensors) for place in places},
+        {place.module: _pair(place, tensors) for place in linear}
+        | {path: Pair(A, B) for path, A, B in expert_values(experts, tensors)},
         {path: tensors[name] for path, name in names.items()},
     )
 

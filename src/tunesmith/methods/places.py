@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import MethodError
-from tunesmith.models.families import Columns
+from tunesmith.models.family import Columns
+from tunesmith.models.quantize import dequantised, is_quantised
 
 if TYPE_CHECKING:
     from tunesmith.models.sites import Site, Sites
@@ -51,33 +52,61 @@ def column_index(columns: Columns | None) -> Tensor | None:
 
 
 def places_of(
-    model: nn.Module, sites: Sites, targets: list[str] | Literal["all"], *, rank: int, alpha: float
+    model: nn.Module,
+    sites: Sites,
+    targets: list[str] | Literal["all"],
+    *,
+    rank: int,
+    alpha: float,
+    leave_experts: bool = False,
 ) -> list[Place]:
-    """Return one place a targeted module, over the columns of the targeted sites.
+    """Return one place a targeted linear map, over the columns of the targeted sites.
 
     Raises:
         MethodError: a target is no site, or is no linear map.
     """
+    targeted = targeted_columns(model, sites, targets, leave_experts=leave_experts)
     return [
         Place(path, *linear_features(path, model.get_submodule(path)), rank, alpha, columns)
-        for path, columns in targeted_columns(model, sites, targets).items()
+        for path, columns in targeted.items()
     ]
 
 
 def targeted_columns(
-    model: nn.Module, sites: Sites, targets: list[str] | Literal["all"]
+    model: nn.Module,
+    sites: Sites,
+    targets: list[str] | Literal["all"],
+    *,
+    leave_experts: bool = False,
 ) -> dict[str, Columns | None]:
-    """Return the targeted modules by path, with the output columns that `targets` mean in each."""
+    """Return the targeted linear maps by path, with the output columns that `targets` mean in each.
+
+    Args:
+        model: the base model.
+        sites: its map.
+        targets: names of sites; all leaves fused experts out, which are no linear maps.
+        leave_experts: leave them out where they are named too, for methods that see to them.
+
+    Raises:
+        MethodError: a target is no site, or is one of fused experts.
+    """
     by_module: defaultdict[str, list[Site]] = defaultdict(list)
     for site in sites.select(targets):
-        by_module[site.module].append(site)
+        if site.kind != "experts":
+            by_module[site.module].append(site)
+        elif targets != "all" and not leave_experts:
+            raise MethodError(
+                f"method.targets: {site.name} of this {sites.model_type} is a weight of "
+                f"{site.num_experts} fused experts ({site.module}.{site.parameter}) and no linear "
+                "map: lora acts there, and ia3 on the input of mlp.down; leave it out or use lora"
+            )
     return {
-        path: _union(together, linear_features(path, model.get_submodule(path))[1])
+        path: union_of_columns(together, linear_features(path, model.get_submodule(path))[1])
         for path, together in by_module.items()
     }
 
 
-def _union(sites: Iterable[Site], out_features: int) -> Columns | None:
+def union_of_columns(sites: Iterable[Site], out_features: int) -> Columns | None:
     """Return the columns of all `sites` of one module in order, or None where that is every one."""
     ranges: list[tuple[int, int]] = []
     for site in sites:
@@ -111,7 +140,12 @@ def linear_features(path: str, module: nn.Module) -> tuple[int, int]:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """Return a view (out, in) of the weight of a linear map, however it stores it."""
+    """Return the weight (out, in) of a linear map, however it stores it.
+
+    It is a view, but for a quantised weight, whose values are worked out anew, in float32.
+    """
+    if is_quantised(module):
+        return dequantised(module)
     weight: Tensor = module.weight  # type: ignore[assignment]  # a linear map has one
     return stored_as(module, weight)
 

@@ -6,7 +6,7 @@ arXiv:2101.00190, section 4.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,20 @@ from tunesmith.methods.prefix import (
     AttentionAttachment,
     InFront,
     Prefix,
+    ShiftedPositions,
     join,
-    positions_after,
     random_key_values,
+    room_for,
     stack_path,
 )
 from tunesmith.methods.tensors import check_against, whole
-from tunesmith.models.attention_layers import AttentionLayer, attention_layers, key_values
+from tunesmith.models.attention_layers import (
+    PLACES,
+    AttentionLayer,
+    Place,
+    attention_layers,
+    key_values,
+)
 from tunesmith.models.loading import load_tokenizer
 from tunesmith.models.settings import ModelSettings
 
@@ -40,9 +47,14 @@ Pair = tuple[Tensor, Tensor]
 
 
 class PrefixTuning(Method):
-    """Train keys and values that every token sees in front of the text: z = [PREFIX; x; y]."""
+    """Train keys and values that every token sees in front of the text: z = [PREFIX; x; y].
 
-    default_learning_rate: ClassVar[float] = 5e-3
+    In an encoder-decoder z = [PREFIX; x; PREFIX'; y] (section 4.2): one prefix before what the
+    encoder reads, and PREFIX' before what the decoder sees, that is in its self-attention and in
+    its attention over the encoder, each with keys and values of its own as in the authors' code.
+    """
+
+    default_learning_rate: ClassVar[float] = 2e-2
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
 
     name: Literal["prefix_tuning"] = "prefix_tuning"
@@ -61,6 +73,9 @@ class PrefixTuning(Method):
     a random start; dropped when saved. From the model's own keys and values it is not needed."""
     hidden: int = Field(default=512, ge=1)
     """Width inside that network."""
+    places: Annotated[list[Place], Field(min_length=1)] | Literal["all"] = "all"
+    """Which attention has a prefix: the encoder's, the decoder's, and in an encoder-decoder the
+    decoder's over the encoder (cross); all takes those that the model has."""
 
     @model_validator(mode="after")
     def _starts_consistently(self) -> Self:
@@ -75,11 +90,11 @@ class PrefixTuning(Method):
         """Hang a prefix under every attention layer.
 
         Raises:
-            MethodError: the attention cannot be extended, the prefix is longer than the context,
-                or the name is taken.
+            MethodError: the attention cannot be extended, the model has no such place, the prefix
+                is longer than the context, or the name is taken.
         """
         base = cast("PreTrainedModel", model)
-        layers = attention_layers(base, sites)
+        layers = self._layers(base, sites)
         if not self.reparametrise:
             prefixes = _prefixes(layers, self._start(base, layers))
             return _hang(base, sites, prefixes, name=name)
@@ -87,6 +102,18 @@ class PrefixTuning(Method):
         encoder = Encoder(self, embedding.shape[1], layers).to(embedding.device)
         encoded = {layer.path: EncodedPrefix(encoder, i) for i, layer in enumerate(layers)}
         return _hang(base, sites, encoded, name=name, encoder=encoder)
+
+    def _layers(self, model: PreTrainedModel, sites: Sites) -> list[AttentionLayer]:
+        """Return the attention layers that get a prefix."""
+        layers = attention_layers(model, sites)
+        known = [place for place in PLACES if any(layer.place == place for layer in layers)]
+        wanted = known if self.places == "all" else self.places
+        if missing := [place for place in wanted if place not in known]:
+            raise MethodError(
+                f"method.places: a {sites.model_type} has no attention in the place "
+                f"'{missing[0]}'; use {', '.join(known)} or all"
+            )
+        return [layer for layer in layers if layer.place in wanted]
 
     def _start(self, model: PreTrainedModel, layers: list[AttentionLayer]) -> list[Pair]:
         """Return the keys and values that the prefix begins as, one pair a layer."""
@@ -129,6 +156,8 @@ class PrefixTuning(Method):
         config = read_peft_config(
             files, PeftPrefix, without_effect=_WITHOUT_EFFECT, plain="prefix tuning"
         )
+        if model.config.is_encoder_decoder or sites.encoder_only:
+            raise AdapterError(f"{files.file}: {_not_pefts(model)}, so it cannot be read")
         if config.num_transformer_submodules not in {None, 1}:
             raise AdapterError(
                 f"{files.file}: num_transformer_submodules {config.num_transformer_submodules} is "
@@ -150,6 +179,16 @@ _WITHOUT_EFFECT = (
 )
 
 
+def _not_pefts(model: PreTrainedModel) -> str:
+    """Return why PEFT's layout cannot hold ours, which takes no position of the text."""
+    if model.config.is_encoder_decoder:
+        return (
+            "PEFT's prefix of an encoder-decoder is in the decoder's self-attention only, where it "
+            "takes positions of the text"
+        )
+    return "PEFT's prefix of an encoder is a cache, which takes positions of the text"
+
+
 class PeftPrefix(PeftConfig):
     """What is read of PEFT's PrefixTuningConfig."""
 
@@ -165,6 +204,8 @@ class Encoder(Child):
         width: of the embeddings, the width of P'.
         layers: what to compute keys and values for.
     """
+
+    by_row: ClassVar[bool] = True
 
     def __init__(self, method: PrefixTuning, width: int, layers: list[AttentionLayer]) -> None:
         super().__init__()
@@ -218,6 +259,8 @@ class PrefixAttachment(AttentionAttachment):
         prefixes = [x for x in self.children.values() if isinstance(x, InFront)]
         with torch.no_grad():
             pairs = [(whole(K), whole(V)) for K, V in (x.pair() for x in prefixes)]
+        if not any(isinstance(child, ShiftedPositions) for child in self.children.values()):
+            raise MethodError(f"{_not_pefts(self.model)}; use save() instead")
         (kv_heads, length, width), others = pairs[0][0].shape, [x for pair in pairs for x in pair]
         if any(x.shape != (kv_heads, length, width) for x in others):
             raise MethodError(
@@ -274,8 +317,7 @@ def _hang(
         require_free(model, path, attribute, name)
         children[f"{path}.{attribute}"] = prefix
     length = next(iter(prefixes.values())).pair()[0].shape[1]
-    stack = stack_path(sites)
-    children[join(stack, f"{attribute}_positions")] = positions_after(model, sites, length)
+    children |= room_for(model, sites, length, attribute=f"{attribute}_positions")
     if encoder is not None:
-        children[join(stack, attribute)] = encoder
+        children[join(stack_path(sites), attribute)] = encoder
     return PrefixAttachment(model, children)

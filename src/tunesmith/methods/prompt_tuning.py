@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
@@ -9,12 +10,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tunesmith.errors import AdapterError, MethodError, TunesmithError
-from tunesmith.methods.child import ChildAttachment, require_free
+from tunesmith.methods.child import Child, ChildAttachment
 from tunesmith.methods.contract import Method, PeftFiles
-from tunesmith.methods.input_rows import InputRows, require_room
+from tunesmith.methods.input_rows import InputRows, input_children, require_room
 from tunesmith.methods.peft_format import PeftConfig, common_config, read_peft_config
-from tunesmith.methods.prefix import join, stack_path
-from tunesmith.methods.tensors import check_against, whole
+from tunesmith.methods.tensors import check_against
 from tunesmith.models.loading import load_tokenizer
 from tunesmith.models.settings import ModelSettings
 
@@ -29,9 +29,13 @@ COMMON = 5000
 
 
 class PromptTuning(Method):
-    """Train the embeddings of a prompt P that goes before the input: [P; X]."""
+    """Train the embeddings of a prompt P that goes before the input: [P; X].
 
-    default_learning_rate: ClassVar[float] = 3e-2
+    In an encoder-decoder, the paper's T5, that is the encoder's input; the decoder attends to what
+    the encoder makes of P as well.
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
@@ -71,21 +75,10 @@ class PromptTuning(Method):
         name: str,
     ) -> tuple[Method, Attachment]:
         """Attach a prompt that PEFT's files describe; see `Method.attach_peft`."""
-        config = read_peft_config(
-            files, PeftPrompt, without_effect=WITHOUT_EFFECT, plain="prompt tuning"
-        )
-        if config.num_transformer_submodules not in {None, 1}:
-            raise AdapterError(
-                f"{files.file}: num_transformer_submodules {config.num_transformer_submodules} is "
-                "for encoder-decoder models, which prompt tuning cannot read"
-            )
-        width = model.get_input_embeddings().embedding_dim
-        shape = torch.Size((config.num_virtual_tokens, width))
-        check_against({"prompt_embeddings": shape}, files.tensors)
+        values = read_peft_rows(files, model, plain="prompt tuning")
         method = recorded
         if not isinstance(method, PromptTuning):
-            method = cls(tokens=config.num_virtual_tokens)
-        values = files.tensors["prompt_embeddings"]
+            method = cls(tokens=len(values))
         return method, attach_prompt(model, sites, method, name=name, values=values)
 
 
@@ -103,6 +96,35 @@ WITHOUT_EFFECT = {
 """Its keys that change nothing about what a finished prompt computes."""
 
 
+def read_peft_rows(
+    files: PeftFiles, model: PreTrainedModel, *, plain: str, without_effect: Collection[str] = ()
+) -> Tensor:
+    """Return the rows (tokens, width) before the input that PEFT's files hold.
+
+    Args:
+        files: PEFT's configuration and tensors.
+        model: the base model.
+        plain: the method's name in messages.
+        without_effect: keys, besides prompt tuning's, that change nothing about finished rows.
+
+    Raises:
+        AdapterError: they are for a model of another size or kind.
+    """
+    ignored = {*WITHOUT_EFFECT, *without_effect}
+    config = read_peft_config(files, PeftPrompt, without_effect=ignored, plain=plain)
+    copies = config.num_transformer_submodules or 1
+    if copies > (2 if model.config.is_encoder_decoder else 1):
+        raise AdapterError(
+            f"{files.file}: num_transformer_submodules {copies} is for encoder-decoder models, "
+            f"and {type(model).__name__} is none"
+        )
+    width = model.get_input_embeddings().embedding_dim
+    shape = torch.Size((copies * config.num_virtual_tokens, width))
+    check_against({"prompt_embeddings": shape}, files.tensors)
+    # Of an encoder-decoder PEFT stores two prompts and uses the first, before the encoder.
+    return files.tensors["prompt_embeddings"][: config.num_virtual_tokens]
+
+
 def attach_prompt(
     model: PreTrainedModel,
     sites: Sites,
@@ -117,13 +139,11 @@ def attach_prompt(
         MethodError: it does not fit, its text cannot be read, or the name is taken.
     """
     require_room(model, method.tokens, "tokens")
-    stack = stack_path(sites)
-    require_free(model, stack, f"prompt_{name}", name)
     embedding = model.get_input_embeddings().weight.detach()
     start = _start(method, embedding, model) if values is None else values
     prompt = Prompt(start).to(embedding.device)
-    path = join(stack, f"prompt_{name}")
-    return PromptAttachment(model, {path: prompt}, prompt)
+    children = input_children(model, sites, prompt, attribute=f"prompt_{name}", name=name)
+    return PromptAttachment(model, children, prompt)
 
 
 def _start(method: PromptTuning, embedding: Tensor, model: PreTrainedModel) -> Tensor:
@@ -169,8 +189,12 @@ class PromptAttachment(ChildAttachment):
     """One prompt on one model."""
 
     identity_at_start: ClassVar[bool] = False
+    title: ClassVar[str] = "prompt_tuning"
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    peft_keys: ClassVar[dict[str, str]] = {"prompt_tuning_init": "RANDOM"}
+    """What PEFT wants to read besides, though it has no effect."""
 
-    def __init__(self, model: nn.Module, children: dict[str, Prompt], prompt: Prompt) -> None:
+    def __init__(self, model: nn.Module, children: dict[str, Child], prompt: InputRows) -> None:
         super().__init__(model, children)
         self.prompt = prompt
 
@@ -181,14 +205,14 @@ class PromptAttachment(ChildAttachment):
             MethodError: always.
         """
         raise MethodError(
-            "prompt_tuning adds input and changes no weight, so it cannot merge; save the adapter "
+            f"{self.title} adds input and changes no weight, so it cannot merge; save the adapter "
             "and load it beside the base"
         )
 
     def nearest_tokens(self, count: int = 3) -> list[list[tuple[int, float]]]:
         """Return the `count` nearest tokens of the vocabulary to each row, with their cosine."""
         embedding = self.model.get_input_embeddings().weight.detach().float()  # type: ignore[operator]
-        rows = self.prompt.P.detach()
+        rows = self.prompt.final().to(embedding.device)
         cosine = nn.functional.normalize(rows) @ nn.functional.normalize(embedding).T
         best = cosine.topk(count)
         return [
@@ -198,14 +222,13 @@ class PromptAttachment(ChildAttachment):
 
     def export_peft(self) -> PeftFiles:
         """Return the prompt as PEFT writes it."""
-        P = whole(self.prompt.P)
+        P = self.prompt.final()
         settings = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
-        config = common_config(self.model, "PROMPT_TUNING") | {
+        config = common_config(self.model, self.peft_type) | {
             "num_virtual_tokens": len(P),
             "token_dim": P.shape[1],
             "num_transformer_submodules": 1,
             "num_attention_heads": settings.num_attention_heads,
             "num_layers": settings.num_hidden_layers,
-            "prompt_tuning_init": "RANDOM",
         }
-        return PeftFiles(config, {"prompt_embeddings": P})
+        return PeftFiles(config | self.peft_keys, {"prompt_embeddings": P})

@@ -37,6 +37,8 @@ class SelectedParameters(Attachment):
     """
 
     trains_base: ClassVar[bool] = True
+    puts_out_float32: ClassVar[bool] = False
+    """Whether only float32 modules follow, so that outputs need not come down to the base's."""
 
     def __init__(self, model: nn.Module, names: Collection[str], *, keep_base: bool) -> None:
         parameters = {n: p for n, p in base_parameters(model).items() if n in names}
@@ -45,7 +47,7 @@ class SelectedParameters(Attachment):
         self._model = model
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         kept = parameters if keep_base else {}
-        self._base = {name: p.detach().to("cpu", copy=True) for name, p in kept.items()}
+        self._base = {name: _kept(p) for name, p in kept.items()}
         self._aside: dict[str, Tensor] = {}
         """The trained values while others are in their place: switched off, or merged."""
         self._merged = False
@@ -53,11 +55,16 @@ class SelectedParameters(Attachment):
             parameter.data = parameter.data.float()
         # Where all of the base trains, all of it is float32 and nothing needs a bridge.
         partly = len(parameters) < len(base_parameters(model))
-        self._bridges = bridges(model, self._dtypes) if partly else []
+        down = not self.puts_out_float32
+        self._bridges = bridges(model, self._dtypes, down=down) if partly else []
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return what trains, by its full name, as it is now (sharding swaps parameters)."""
         return {name: self._model.get_parameter(name) for name in self._dtypes}
+
+    def trains_itself(self) -> frozenset[str]:
+        """Return what it trains."""
+        return frozenset(self._dtypes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained values, also while the base's are in their place."""
@@ -154,12 +161,17 @@ class SelectedParameters(Attachment):
         self._aside = {}
 
 
+def _kept(parameter: Tensor) -> Tensor:
+    """Return a copy on the CPU; of a parameter without data, such as for a plan, its shape."""
+    return parameter.detach().to("meta" if parameter.is_meta else "cpu", copy=True)
+
+
 def _require_trainable(name: str, parameter: Tensor) -> None:
     """Raise MethodError where a parameter cannot train."""
     if not parameter.is_floating_point():
         raise MethodError(
-            f"{name} is quantised ({parameter.dtype}) and cannot train; load the model "
-            "unquantised, or use an adapter such as lora"
+            f"{name} is quantised ({parameter.dtype}) and its codes have no gradient, so it cannot "
+            "train; use model.quantize: none, or train beside it with a method such as lora"
         )
     if parameter.requires_grad:
         raise MethodError(f"{name} is trained by another method already; select it once")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import AdapterError, MethodError
 from tunesmith.methods.adapter_files import (
     AdapterFiles,
     Record,
     base_of,
+    read_adapters,
     write_adapters,
 )
 from tunesmith.methods.atomic import whole_directory
@@ -24,8 +24,14 @@ from tunesmith.methods.child import (
     require_plain,
     require_uncompiled,
 )
+from tunesmith.methods.combine import Combination, combine, recipe
 from tunesmith.methods.counts import ParameterCounts, count_parameters
-from tunesmith.methods.tensors import check_against, whole
+from tunesmith.methods.fights import require_peace
+from tunesmith.methods.head import HeadAttachment, head_of, saved_parts, with_heads
+from tunesmith.methods.parts import Part, Parts
+from tunesmith.methods.saved import require_base
+from tunesmith.methods.tensors import whole
+from tunesmith.models.quantize import dequantise, keep_trainable
 from tunesmith.models.quiet import without_progress_bars
 from tunesmith.models.sites import find_sites
 
@@ -33,33 +39,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tunesmith.methods.contract import Attachment, Method
-    from tunesmith.types import JSON
 
 
-class Part(NamedTuple):
-    """One method on the model."""
-
-    name: str
-    """Name of the adapter; parts attached together share it."""
-    method: Method
-    attachment: Attachment
-
-
-class TunedModel:
+class TunedModel(Parts):
     """A model and the methods attached to it; made by `attach` or `load_adapter`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         require_plain(model)
-        self.model = model
-        self.sites = find_sites(model)
-        self.parts: list[Part] = []
+        keep_trainable(model)
+        super().__init__(model, find_sites(model))
         self._merged: list[Attachment] = []
+        self._undo_merge = ExitStack()
         self._required_grad = {n: p.requires_grad for n, p in base_parameters(model).items()}
-
-    @property
-    def attachments(self) -> list[Attachment]:
-        """What the methods put on the model, in the order of attaching."""
-        return [part.attachment for part in self.parts]
 
     @property
     def trains_base(self) -> bool:
@@ -90,92 +81,170 @@ class TunedModel:
         try:
             yield
         except BaseException:
-            self._detach_from(before)
+            self._detach(self.parts[before:])
             raise
 
+    def beside(
+        self, attaching: Iterator[tuple[Method, Attachment]]
+    ) -> Iterator[tuple[Method, Attachment]]:
+        """Yield what `attaching` attaches, each while what hangs beside the base already is off.
+
+        A method may run the model to find its places and to start from: it is meant to see the
+        base, and not what others put before its input.
+        """
+        while True:
+            with ExitStack() as off:
+                for attachment in self.attachments:
+                    if not attachment.trains_base:
+                        off.enter_context(attachment.disabled())
+                attached = next(attaching, None)
+            if attached is None:
+                return
+            yield attached
+
     def put(self, part: Part) -> None:
-        """Take in what a method has just attached, and let it train."""
+        """Take in what a method has just attached, and let it train.
+
+        Raises:
+            MethodError: it fights with another of the same name over a base parameter.
+        """
         self.parts.append(part)
+        require_peace([other for other in self.parts if other.name == part.name], self.sites)
         for parameter in part.attachment.trainable().values():
             parameter.requires_grad_(True)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Return all that trains, by its full name in the model."""
-        return {n: p for a in self.attachments for n, p in a.trainable().items()}
+    def load_adapter(
+        self,
+        name: str | None,
+        directory: str | Path,
+        *,
+        check_base: bool = True,
+        trainable: bool = True,
+    ) -> None:
+        """Load an adapter that Tunesmith or PEFT saved, beside those that are there.
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return all that trains by name, whole and on the CPU.
-
-        As with PyTorch's own, parameters on the CPU share their memory with it. Where parameters
-        are sharded this gathers them, so every process calls it.
-        """
-        return {n: whole(t) for a in self.attachments for n, t in a.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a saved `state_dict`.
+        Args:
+            name: name to give it; None keeps the one it was saved under ("default" for PEFT's).
+            directory: where it was saved.
+            check_base: refuse an adapter that was made on a base of another name. Sizes are checked
+                in any case.
+            trainable: whether it goes on training; False freezes it.
 
         Raises:
-            AdapterError: names or shapes differ from what trains here; nothing is changed.
+            AdapterError: a file is damaged, or the adapter does not fit this base model; the model
+                is then as it was before.
+            MethodError: an adapter of this name is attached already, or the name cannot name one.
         """
-        check_against({name: p.shape for name, p in self.trainable().items()}, state)
-        for attachment in self.attachments:
-            attachment.load_state_dict({name: state[name] for name in attachment.trainable()})
+        saved = read_adapters(Path(directory))
+        base = base_of(self.model, self.sites)
+        names = [name or (x.record.name if x.record else "default") for x in saved]
+        for adapter, own in zip(saved, names, strict=True):
+            require_base(adapter, base, check_name=check_base)
+            self._require_free_name(own)
+        with self.attaching():
+            for adapter, own in zip(saved, names, strict=True):
+                for part in self.beside(saved_parts(adapter, self.model, self.sites, name=own)):
+                    self.put(Part(own, *part))
+        if not trainable:
+            self.freeze(*names)
 
-    def learning_rate_scales(self) -> dict[str, float]:
-        """Return what the learning rate of each trainable is multiplied by, by its full name."""
-        return {n: a.learning_rate_scale(n) for a in self.attachments for n in a.trainable()}
+    def combine(
+        self,
+        weights: Mapping[str, float],
+        *,
+        name: str,
+        method: Combination = "linear",
+        density: float | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+    ) -> float:
+        """Combine LoRA adapters into a new one, which is off and frozen until asked for.
+
+        Args:
+            weights: of the adapters, by name; a negative one takes the adapter away.
+            name: of the combination.
+            method: linear (or cat) is the exact weighted sum of the deltas, of the summed rank; svd
+                cuts that to `rank`; ties, dare_linear and dare_ties merge sparse deltas and cut.
+            density: share of each delta's elements that ties and dare keep, 0.2 by default.
+            rank: of the result where it is cut; the largest among the adapters by default.
+            seed: of dare's random choice.
+
+        Returns:
+            The share of the combined deltas' squared norm that the rank keeps; 1 for linear.
+
+        Raises:
+            MethodError: a name is unknown or taken, an adapter is no plain LoRA, or a setting has
+                no effect or is out of range.
+        """
+        self._require_known(tuple(weights))
+        self._require_free_name(name)
+        chosen = recipe(method, density=density, rank=rank, seed=seed)
+        weighted = [(p, weight) for n, weight in weights.items() for p in self._named((n,))]
+        with self.attaching():
+            combined = combine(weighted, self.model, self.sites, chosen, name=name)
+            self.put(Part(name, combined.method, combined.attachment))
+        combined.attachment.enable(False)
+        self.freeze(name)
+        return combined.kept
+
+    def _require_free_name(self, name: str) -> None:
+        """Check that a new adapter can be called `name`.
+
+        Raises:
+            MethodError: it cannot, or one is called so already.
+        """
+        require_name(name)
+        if name in self.adapters:
+            raise MethodError(
+                f"an adapter named {name!r} is already attached; give this one another name or "
+                f"remove({name!r}) first"
+            )
+
+    def remove(self, name: str) -> None:
+        """Detach one adapter, its parameters and hooks; the others stay as they are.
+
+        Raises:
+            MethodError: there is no adapter of that name, or the methods are merged.
+        """
+        if self._merged:
+            raise MethodError("the methods are merged into the base; unmerge() before removing one")
+        self._detach(self._named((name,)))
 
     def parameter_counts(self) -> ParameterCounts:
         """Return how many parameters train, of which kind, and how many the base has."""
         return count_parameters(self.trainable(), base_parameters(self.model))
 
-    def enable(self, on: bool, /, *names: str) -> None:
-        """Switch the adapters called `names` on or off, all of them where none is named.
-
-        Raises:
-            MethodError: there is no adapter of that name, or it cannot be switched.
-        """
-        for part in self._named(names):
-            part.attachment.enable(on)
-
-    @contextmanager
-    def disabled(self, *names: str) -> Iterator[None]:
-        """Switch adapters off inside a `with` block; with all off, the model is the base model.
-
-        Raises:
-            MethodError: there is no adapter of that name, or it cannot be switched.
-        """
-        with ExitStack() as stack:
-            for part in self._named(names):
-                stack.enter_context(part.attachment.disabled())
-            yield
-
     def merge(self) -> None:
         """Fold all methods that are switched on into the base weights; `unmerge` undoes it.
 
+        A quantised base is dequantised first, all of it, since codes cannot hold what the methods
+        add: until `unmerge` the model takes the memory of a plain one, and is one.
+
         Raises:
-            MethodError: a method cannot merge, or is merged; then nothing is changed.
+            MethodError: a method cannot merge, is merged, or fights with another that is on; then
+                nothing is changed.
         """
         if self._merged:
             raise MethodError("the methods are merged already; unmerge() first")
-        acting = [attachment for attachment in self.attachments if attachment.enabled]
+        require_peace([part for part in self.parts if part.attachment.enabled], self.sites)
+        acting = sorted((a for a in self.attachments if a.enabled), key=lambda a: a.turn)
         with ExitStack() as undo:
+            undo.callback(dequantise(self.model))
             for attachment in acting:
                 attachment.merge()
                 undo.callback(attachment.unmerge)
-            undo.pop_all()
+            self._undo_merge = undo.pop_all()
         self._merged = acting
 
     def unmerge(self) -> None:
-        """Undo `merge`: the base weights are again exactly what they were.
+        """Undo `merge`: the base weights, or their codes, are again exactly what they were.
 
         Raises:
             MethodError: nothing is merged.
         """
         if not self._merged:
             raise MethodError("nothing is merged, so there is nothing to unmerge")
-        for attachment in reversed(self._merged):
-            attachment.unmerge()
+        self._undo_merge.close()
         self._merged = []
 
     @contextmanager
@@ -192,63 +261,55 @@ class TunedModel:
 
     def detach(self) -> PreTrainedModel:
         """Remove all methods and return the model, which is the plain base again."""
-        self._detach_from(0)
+        self._detach(self.parts)
         return self.model
 
-    def _detach_from(self, first: int) -> None:
-        """Detach all parts from the one numbered `first` on."""
-        for part in reversed(self.parts[first:]):
-            for parameter in part.attachment.trainable().values():
+    def _detach(self, parts: Sequence[Part]) -> None:
+        """Detach `parts`, the last first."""
+        if self._merged:
+            self.unmerge()
+        gone = [part.attachment for part in parts]
+        for attachment in reversed(gone):
+            for parameter in attachment.trainable().values():
                 parameter.requires_grad_(False)
                 parameter.grad = None
-            part.attachment.detach()
-        del self.parts[first:]
-        self._merged.clear()
+            attachment.detach()
+        self.parts = [part for part in self.parts if part.attachment not in gone]
+        self._frozen = [attachment for attachment in self._frozen if attachment not in gone]
         if not self.parts:
             for name, required in self._required_grad.items():
                 self.model.get_parameter(name).requires_grad_(required)
 
-    def penalty(self) -> Tensor | None:
-        """Return the sum () of the methods' penalties, or None where none has one."""
-        terms = [t for a in self.attachments if (t := a.penalty()) is not None]
-        return torch.stack(terms).sum() if terms else None
-
-    def on_step(self, step: int, total: int) -> None:
-        """Let every method act after optimiser step `step` of `total`."""
-        for attachment in self.attachments:
-            attachment.on_step(step, total)
-
-    def extra_state(self) -> dict[str, JSON]:
-        """Return what besides the trainables decides the steps to come."""
-        return {str(i): a.extra_state() for i, a in enumerate(self.attachments)}
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved `extra_state`."""
-        for index, attachment in enumerate(self.attachments):
-            attachment.load_extra_state(state[str(index)])
-
-    def files(self) -> list[AdapterFiles]:
+    def files(self, *names: str) -> list[AdapterFiles]:
         """Return what `save` writes, one entry a method.
 
         Where parameters are sharded this gathers them: every process calls it, and one then writes
         with `write_adapters`.
         """
         base = base_of(self.model, self.sites)
-        return [
+        parts = self._named(names)
+        files = [
             _files(part, Record(name=part.name, method=part.method, base=base))
-            for part in self.parts
+            for part in parts
+            if not isinstance(part.attachment, HeadAttachment)
         ]
+        return with_heads(files, parts, self.model)
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, *names: str) -> None:
         """Save only what was trained, in PEFT's layout where PEFT knows the method.
 
         Several methods are saved into one folder each. The directory appears whole or not at all.
 
+        Args:
+            directory: where to.
+            names: the adapters to save; all of them where none is named.
+
         Raises:
+            MethodError: there is no adapter of that name.
             AdapterError: the directory holds other files.
             CheckpointError: it cannot be written; what was there is untouched.
         """
-        write_adapters(Path(directory), self.files())
+        write_adapters(Path(directory), self.files(*names))
 
     def export_peft(self, directory: str | Path) -> None:
         """Write an adapter that PEFT loads, and nothing besides.
@@ -258,13 +319,15 @@ class TunedModel:
             AdapterError: the directory holds other files.
             CheckpointError: it cannot be written; what was there is untouched.
         """
-        if len(self.parts) != 1:
+        files = self.files()
+        if len(files) != 1:
             raise MethodError(
-                f"a PEFT directory holds one adapter and this model has {len(self.parts)}; "
+                f"a PEFT directory holds one adapter and this model has {len(files)}; "
                 "use save(), which writes one such directory a method"
             )
-        files = self.attachments[0].export_peft()
-        write_adapters(Path(directory), [AdapterFiles(files.tensors, files.config, None)])
+        if files[0].config is None:
+            self.attachments[0].export_peft()  # says why there is none
+        write_adapters(Path(directory), [replace(files[0], record=None)])
 
     def export_model(
         self, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
@@ -283,14 +346,6 @@ class TunedModel:
             model.save_pretrained(partial, state_dict=base_state_dict(model))
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-
-    def _named(self, names: tuple[str, ...]) -> list[Part]:
-        """Return the parts called `names`, or all."""
-        known = {part.name for part in self.parts}
-        for name in names:
-            if name not in known:
-                raise MethodError(f"no adapter is named {name!r}; there are {sorted(known)}")
-        return [part for part in self.parts if not names or part.name in names]
 
 
 def attach(
@@ -311,9 +366,12 @@ def attach(
     require_name(name)
     tuned = model if isinstance(model, TunedModel) else TunedModel(model)
     with tuned.attaching():
-        for method in methods:
-            attachment = method.attach(tuned.model, tuned.sites, name=name)
-            tuned.put(Part(name, method, attachment))
+        attaching = (
+            (method, method.attach(tuned.model, tuned.sites, name=name))
+            for method in chain(methods, head_of(tuned.model, tuned.sites))
+        )
+        for part in tuned.beside(attaching):
+            tuned.put(Part(name, *part))
     return tuned
 
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 class VeRA(Method):
     """Train two vectors a layer that scale shared random matrices: h = W x + b * B (d * A x)."""
 
-    default_learning_rate: ClassVar[float] = 4e-3
+    default_learning_rate: ClassVar[float] = 2e-2
     peft_type: ClassVar[str | None] = "VERA"
 
     name: Literal["vera"] = "vera"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import MethodError, ModelError
+from tunesmith.models.families import first_position
+from tunesmith.models.gated_keys import Sections
+from tunesmith.ops.capped_attention import capped_attention
 from tunesmith.ops.segment_attention import segment_attention, uses_varlen
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ class ExtraKeyValues:
     """
 
     enabled: bool
+    row_mask: Tensor | None = None
+    """The rows of the batch that see them, (batch,) bool; None is all."""
     separate: bool = False
     """Whether they have a softmax of their own, times `gate`, instead of joining the tokens'."""
 
@@ -46,6 +51,13 @@ class ExtraKeyValues:
     def gate(self) -> Tensor:
         """Return the strength of each head, (heads,), where they are `separate`."""
         raise NotImplementedError
+
+    def token_gates(self) -> Tensor | None:
+        """Return how much each token makes of them, (batch, length, 1), or None: all of them.
+
+        Keys and values both, where they are not `separate`.
+        """
+        return None
 
 
 def attention(  # noqa: PLR0917 - transformers' own signature
@@ -72,20 +84,29 @@ def attention(  # noqa: PLR0917 - transformers' own signature
         dropout: of the attention weights.
         scaling: of the scores.
         is_causal: instead of what `module` says.
-        kwargs: what the model was called with besides, `cu_seq_lens_q` among it.
+        kwargs: what the model was called with besides, `cu_seq_lens_q` among it, and T5's
+            `position_bias` (1, heads, length, kv_length), which is 0 for what has no position: the
+            keys that a method adds. Where the mask has ALiBi's bias in it, its `alibi_slopes`
+            (heads,) give those keys theirs, at the places before the text.
 
     Raises:
-        ModelError: the layer has sinks, or caps its scores within segments, which is not computed.
+        ModelError: the layer has sinks, or within segments adds a position bias to its scores,
+            which is not computed.
     """
     segments = kwargs.get("cu_seq_lens_q") is not None
-    for unsupported in ("softcap", "s_aux") if segments else ("s_aux",):
+    for unsupported in ("s_aux", "position_bias") if segments else ("s_aux",):
         if kwargs.get(unsupported) is not None:
             raise ModelError(
                 f"model.attention: {type(module).__name__} uses {unsupported}, which the attention "
                 f"'{NAME}' does not compute; use eager"
             )
-    extras = [x for x in module.children() if isinstance(x, ExtraKeyValues) and x.enabled]
-    prefix = _joined([x for x in extras if not x.separate], module, query)
+    tokens = query
+    joining = [(x, x.token_gates()) for x in extras_of(module) if not x.separate]
+    sections = Sections([gates[:, None] for _, gates in joining if gates is not None])
+    if sections.gates:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value = sections.query(query), sections.place(key), sections.place(value)
+    prefix = _joined(joining, module, tokens, sections)
     options = {"dropout": dropout, "scaling": scaling, **kwargs}
     if segments:
         causal = bool(module.is_causal if is_causal is None else is_causal)
@@ -94,16 +115,48 @@ def attention(  # noqa: PLR0917 - transformers' own signature
         if prefix is not None:
             causal = _is_causal(module, is_causal)
             attention_mask = _mask_after(prefix[0], query, key, attention_mask, causal=causal)
-            key, value = (torch.cat(x, dim=2) for x in zip(prefix, (key, value), strict=True))
+            attention_mask = _only_their_rows(prefix.seen, attention_mask, key.shape[2])
+            key, value = (torch.cat(x, dim=2) for x in zip(prefix[:2], (key, value), strict=True))
+            if (bias := kwargs.get("position_bias")) is not None:
+                options["position_bias"] = F.pad(bias, (prefix.key.shape[2], 0))
+            slopes = kwargs.get("alibi_slopes")
+            if slopes is not None and attention_mask is not None:
+                attention_mask = _in_front_of_all(attention_mask, slopes, prefix.key.shape[2])
             is_causal = False
         out = _attend(module, query, key, value, attention_mask, is_causal=is_causal, **options)
-    for extra in extras:
+    if sections.gates:
+        out = sections.output(out)
+    return with_separate(out, module, tokens, **options), None
+
+
+def _in_front_of_all(mask: Tensor, slopes: Tensor, extra: int) -> Tensor:
+    """Return the additive mask with ALiBi's bias of its first `extra` keys, at -extra to -1."""
+    places = torch.arange(-extra, 0, device=mask.device, dtype=mask.dtype)
+    bias = slopes.to(mask.dtype)[:, None] * places
+    return mask + F.pad(bias, (0, mask.shape[-1] - extra))[None, :, None]
+
+
+def extras_of(layer: nn.Module) -> list[ExtraKeyValues]:
+    """Return what adds keys and values to an attention layer now."""
+    return [x for x in layer.children() if isinstance(x, ExtraKeyValues) and x.enabled]
+
+
+def with_separate(out: Tensor, layer: nn.Module, query: Tensor, **options: Any) -> Tensor:
+    """Return attention's output `out` plus what comes of the extras that are separate.
+
+    Args:
+        out: (batch, length, heads, head_dim).
+        layer: the attention layer.
+        query: (batch, heads, length, head_dim).
+        options: what the attention function was called with besides.
+    """
+    for extra in extras_of(layer):
         if extra.separate:
-            pair = _expanded(extra.key_values(module, query), query)
-            own = options | {"dropout": 0.0}
-            beside = _attend(module, query, *pair, None, is_causal=False, **own)
+            pair = _expanded(extra.key_values(layer, query), query)
+            own = options | {"dropout": 0.0, "position_bias": None}
+            beside = _attend(layer, query, *pair, None, is_causal=False, **own)
             out = out + extra.gate().to(out.dtype)[:, None] * beside
-    return out, None
+    return out
 
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
@@ -111,14 +164,62 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
+class _Prefix(NamedTuple):
+    """Keys and values of several extras side by side, (batch, kv_heads, extra, head_dim)."""
+
+    key: Tensor
+    value: Tensor
+    seen: Tensor | None
+    """Which of them each row sees, (batch, extra) bool; None is all."""
+
+
 def _joined(
-    extras: list[ExtraKeyValues], module: nn.Module, query: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """Return the keys and values of all `extras` side by side, or None where there are none."""
-    if not extras:
+    joining: list[tuple[ExtraKeyValues, Tensor | None]],
+    module: nn.Module,
+    query: Tensor,
+    sections: Sections,
+) -> _Prefix | None:
+    """Return the keys and values of all extras side by side, or None where there are none."""
+    if not joining:
         return None
-    pairs = [_expanded(extra.key_values(module, query), query) for extra in extras]
-    return torch.cat([k for k, _ in pairs], dim=2), torch.cat([v for _, v in pairs], dim=2)
+    extras, pairs, section = [extra for extra, _ in joining], [], 0
+    for extra, gates in joining:
+        K, V = _expanded(extra.key_values(module, query), query)
+        section += gates is not None
+        own = section if gates is not None else 0
+        pairs.append((sections.place(K, own), sections.place(V, own)))
+    seen = None
+    if any(extra.row_mask is not None for extra in extras):
+        both = zip(extras, pairs, strict=True)
+        parts = [_rows(x, query)[:, None].expand(-1, k.shape[2]) for x, (k, _) in both]
+        seen = torch.cat(parts, dim=1)
+    key, value = torch.cat([k for k, _ in pairs], dim=2), torch.cat([v for _, v in pairs], dim=2)
+    return _Prefix(key, value, seen)
+
+
+def _rows(extra: ExtraKeyValues, query: Tensor) -> Tensor:
+    """Return the rows of the batch that see `extra`, (batch,) bool."""
+    batch = query.shape[0]
+    if extra.row_mask is None:
+        return torch.ones(batch, dtype=torch.bool, device=query.device)
+    if len(extra.row_mask) != batch:
+        raise MethodError(
+            f"rows: {len(extra.row_mask)} rows were given adapters and this batch has {batch}; "
+            "give one name a row, without packed samples and beam search"
+        )
+    return extra.row_mask.to(query.device)
+
+
+def _only_their_rows(seen: Tensor | None, mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Return the mask over [prefix | tokens] where each row sees of the prefix what is its own."""
+    if seen is None:
+        return mask
+    shown = F.pad(seen, (0, tokens), value=True)[:, None, None]
+    if mask is None:
+        return shown
+    if mask.dtype == torch.bool:
+        return mask & shown
+    return mask.masked_fill(~shown, torch.finfo(mask.dtype).min)
 
 
 def _expanded(pair: tuple[Tensor, Tensor], query: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +246,7 @@ def _within_segments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prefix: tuple[Tensor, Tensor] | None,
+    prefix: _Prefix | None,
     *,
     causal: bool,
     dropout: float,
@@ -155,7 +256,9 @@ def _within_segments(
     """Return (1, tokens, heads, head_dim), every segment as if it were alone."""
     window = kwargs.get("sliding_window") or None
     slides = window is not None and prefix is not None
-    on_gpu = uses_varlen(query, value, dropout=dropout, slides=slides)
+    softcap = kwargs.get("softcap")
+    capped = softcap is not None
+    on_gpu = uses_varlen(query, value, dropout=dropout, slides=slides, capped=capped)
     out = segment_attention(
         query,
         key,
@@ -166,7 +269,8 @@ def _within_segments(
         causal=causal,
         window=window,
         max_length=kwargs.get("max_length_q"),
-        prefix=prefix,
+        prefix=None if prefix is None else prefix[:2],
+        softcap=softcap,
     )
     return out.transpose(1, 2).contiguous()
 
@@ -185,16 +289,9 @@ def _attend(  # noqa: PLR0917 - transformers' own signature
     causal = _is_causal(module, options["is_causal"]) and query.shape[2] > 1
     if attention_mask is None and causal:
         attention_mask = _mask_after(key[:, :, :0], query, key, None, causal=True)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    # The order of transformers' eager attention, so that the bits are its own (Gemma 2).
-    scores = query @ key.transpose(2, 3) * options["scaling"]
-    scores = torch.tanh(scores / options["softcap"]) * options["softcap"]
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=options["dropout"], training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous()
+    own = {name: options[name] for name in ("scaling", "softcap", "dropout")}
+    out = capped_attention(query, key, value, attention_mask, **own)
+    return out.transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, attention)
@@ -237,17 +334,20 @@ def _leave_out_the_mask(
     """Keep transformers from building a (tokens x tokens) mask where the batch has segments.
 
     From positions that start anew it would guess the segments by itself. A mask of four dimensions
-    is handed to the attention function as it is, which does not look at it.
+    is handed to the attention function as it is, which does not look at it. Positions of segments
+    count from 0 in every batch; RoBERTa's own count from behind the padding's.
     """
     if kwargs.get("cu_seq_lens_q") is None:
         return None
     device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device
-    changed = {
+    changed: dict[str, Any] = {
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
         # Once for all layers: the variable-length kernel reads it on the GPU, the loop on the CPU.
         "cu_seq_lens_q": kwargs["cu_seq_lens_q"].to(device, non_blocking=True),
         "use_cache": False,
     }
+    if first := first_position(backbone.config):
+        changed["position_ids"] = kwargs["position_ids"] + first
     return args, kwargs | changed
 
 
@@ -288,8 +388,9 @@ def _short_window(model: PreTrainedModel) -> Iterator[None]:
     config = model.config.get_text_config()
     holders = [config, *(module for module in model.modules() if _has_window(module))]
     before = [holder.sliding_window for holder in holders]
-    for holder in holders:
-        holder.sliding_window = _WINDOW
+    for holder, window in zip(holders, before, strict=True):
+        # ModernBERT's layers count the token itself, which its config does not.
+        holder.sliding_window = _WINDOW + window - before[0]
     try:
         yield
     finally:
@@ -327,7 +428,12 @@ def _separately(model: PreTrainedModel) -> Tensor:
 def _probe_ids(model: PreTrainedModel) -> Tensor:
     embedding = model.get_input_embeddings().weight
     steps = torch.arange(sum(_LENGTHS), device=embedding.device)
-    return ((7 * steps + 3) % embedding.shape[0])[None]
+    ids = (7 * steps + 3) % embedding.shape[0]
+    # Padding would have no position in RoBERTa.
+    padding = model.config.get_text_config().pad_token_id
+    if padding is None:
+        return ids[None]
+    return torch.where(ids == padding, (ids + 1) % embedding.shape[0], ids)[None]
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _TEMPLATES: Final = Path(__file__).parent / "templates"
-BUILT_IN: Final = ("chatml", "plain")
+BUILT_IN: Final = ("chatml", "plain", "text")
 """Templates that `model.chat_template` may name."""
 _PADDING: Final = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|vision_pad|>")
 """Tokens that models reserve for padding without always saying so."""
@@ -46,18 +46,26 @@ def built_in_template(name: str) -> str:
 
 
 def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, settings: ModelSettings
+    tokenizer: PreTrainedTokenizerFast,
+    settings: ModelSettings,
+    *,
+    chats: bool = True,
+    reads_apart: bool = False,
 ) -> TokenizerFacts:
     """Give `tokenizer` a chat template and a pad token if it lacks them, and return the facts.
 
     Calling it again changes nothing. A template named in the settings replaces the model's; where
-    neither is there, ChatML is taken if its markers are tokens, else plain text.
+    neither is there, ChatML is taken if its markers are tokens, else plain text. A tokenizer that
+    does not chat, of a classifier, needs padding only and keeps the template it has. One of an
+    encoder-decoder, whose prompt is read apart from the reply, takes the bare text of the turns.
 
     Raises:
         ModelError: a template file is missing or broken, or nothing can serve as padding.
     """
-    source = _set_template(tokenizer, settings)
     _set_padding(tokenizer)
+    if not chats:
+        return TokenizerFacts(tokenizer.pad_token_id, (), "none", False)
+    source = _set_template(tokenizer, settings, reads_apart=reads_apart)
     return TokenizerFacts(
         pad_token_id=tokenizer.pad_token_id,
         end_of_turn_ids=_end_of_turn_ids(tokenizer),
@@ -66,11 +74,15 @@ def prepare_tokenizer(
     )
 
 
-def _set_template(tokenizer: PreTrainedTokenizerFast, settings: ModelSettings) -> str:
+def _set_template(
+    tokenizer: PreTrainedTokenizerFast, settings: ModelSettings, *, reads_apart: bool
+) -> str:
     wanted = settings.chat_template
     if wanted is None and tokenizer.chat_template is not None:
         return _source_of(tokenizer.chat_template)
-    if wanted is None:
+    if wanted is None and reads_apart:
+        wanted = "text"
+    elif wanted is None:
         markers = {"<|im_start|>", "<|im_end|>"}
         wanted = "chatml" if markers <= tokenizer.get_vocab().keys() else "plain"
     if wanted in BUILT_IN:

@@ -6,53 +6,15 @@ optional norm), but nothing with parameters may be there that is not listed: `fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
-Columns = tuple[tuple[int, int], ...]
-"""Ranges [start, stop) of a projection's output columns."""
-Layout = Callable[[Any, int], tuple[Columns, ...]]
-"""From a model's config and a projection's output width to each of its sites' columns."""
-
-QKV: Final = ("attention.q", "attention.k", "attention.v")
-GATE_UP: Final = ("mlp.gate", "mlp.up")
-
-
-@dataclass(frozen=True)
-class Fused:
-    """One projection that several sites share."""
-
-    names: tuple[str, ...]
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class Family:
-    """One way to build a block, shared by the model types that build it so."""
-
-    blocks: str
-    """Path of the list of blocks inside the backbone."""
-    linears: Mapping[str, str]
-    """Site to path of its own projection."""
-    attention_out: str
-    """The module that puts out the attention's branch, just before it joins the residual."""
-    mlp_out: str
-    norms: tuple[str, ...]
-    final_norm: str
-    fused: Mapping[str, Fused] = field(default_factory=lambda: MappingProxyType({}))
-    """Path of a shared projection to what is in it."""
-
-
-def equal_parts(parts: int) -> Layout:
-    """Return the layout [a | b | ...] of `parts` equally wide sites."""
-
-    def layout(config: Any, width: int) -> tuple[Columns, ...]:
-        part = width // parts
-        return tuple(((index * part, (index + 1) * part),) for index in range(parts))
-
-    return layout
+from tunesmith.models.families_encoders import ENCODERS
+from tunesmith.models.families_moe import MIXTURES
+from tunesmith.models.families_seq2seq import SEQ2SEQ
+from tunesmith.models.family import GATE_UP, QKV, Columns, Family, Fused, equal_parts, under
 
 
 def _grouped(width: int, heads: int, kv_heads: int) -> tuple[Columns, ...]:
@@ -94,21 +56,14 @@ def _falcon(config: Any, width: int) -> tuple[Columns, ...]:
     return _gpt_bigcode(config, width)
 
 
-def _under(path: str, **leaves: str) -> dict[str, str]:
-    """Return sites of one submodule: `_under("self_attn", q="q_proj")` is attention.q's path."""
-    part = "mlp" if {"up", "down", "gate"} & leaves.keys() else "attention"
-    dot = f"{path}." if path else ""
-    return {f"{part}.{site}": dot + leaf for site, leaf in leaves.items()}
-
-
 _QKVO: Final = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 _HEAD_NORMS: Final = ("self_attn.q_norm", "self_attn.k_norm")
 _BRANCH_NORMS: Final = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 _LLAMA: Final = Family(
     blocks="layers",
-    linears=_under("self_attn", **_QKVO)
-    | _under("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+    linears=under("self_attn", **_QKVO)
+    | under("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
     attention_out="self_attn.o_proj",
     mlp_out="mlp.down_proj",
     norms=("input_layernorm", "post_attention_layernorm", *_HEAD_NORMS),
@@ -142,7 +97,7 @@ _PHI3: Final = replace(
 )
 _GLM4: Final = replace(
     _LLAMA,
-    linears=_under("self_attn", **_QKVO) | _under("mlp", down="down_proj"),
+    linears=under("self_attn", **_QKVO) | under("mlp", down="down_proj"),
     fused={"mlp.gate_up_proj": Fused(GATE_UP, equal_parts(2))},
     attention_out="post_self_attn_layernorm",
     mlp_out="post_mlp_layernorm",
@@ -155,19 +110,19 @@ _GLM4: Final = replace(
 )
 _PHI: Final = replace(
     _STABLELM,
-    linears=_under("self_attn", **_QKVO | {"o": "dense"}) | _under("mlp", up="fc1", down="fc2"),
+    linears=under("self_attn", **_QKVO | {"o": "dense"}) | under("mlp", up="fc1", down="fc2"),
     attention_out="self_attn.dense",
     mlp_out="mlp.fc2",
     final_norm="final_layernorm",
 )
 _STARCODER2: Final = replace(
     _LLAMA,
-    linears=_under("self_attn", **_QKVO) | _under("mlp", up="c_fc", down="c_proj"),
+    linears=under("self_attn", **_QKVO) | under("mlp", up="c_fc", down="c_proj"),
     mlp_out="mlp.c_proj",
 )
 _GPT2: Final = Family(
     blocks="h",
-    linears=_under("attn", o="c_proj") | _under("mlp", up="c_fc", down="c_proj"),
+    linears=under("attn", o="c_proj") | under("mlp", up="c_fc", down="c_proj"),
     fused={"attn.c_attn": Fused(QKV, equal_parts(3))},
     attention_out="attn.c_proj",
     mlp_out="mlp.c_proj",
@@ -176,21 +131,20 @@ _GPT2: Final = Family(
 )
 _GPT_NEO: Final = replace(
     _GPT2,
-    linears=_under("attn.attention", **_QKVO | {"o": "out_proj"})
-    | _under("mlp", up="c_fc", down="c_proj"),
+    linears=under("attn.attention", **_QKVO | {"o": "out_proj"})
+    | under("mlp", up="c_fc", down="c_proj"),
     fused={},
     attention_out="attn.attention.out_proj",
 )
 _GPTJ: Final = replace(
     _GPT_NEO,
-    linears=_under("attn", **_QKVO | {"o": "out_proj"}) | _under("mlp", up="fc_in", down="fc_out"),
+    linears=under("attn", **_QKVO | {"o": "out_proj"}) | under("mlp", up="fc_in", down="fc_out"),
     attention_out="attn.out_proj",
     mlp_out="mlp.fc_out",
 )
 _GPT_NEOX: Final = Family(
     blocks="layers",
-    linears=_under("attention", o="dense")
-    | _under("mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
+    linears=under("attention", o="dense") | under("mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
     fused={"attention.query_key_value": Fused(QKV, by_head)},
     attention_out="attention.dense",
     mlp_out="mlp.dense_4h_to_h",
@@ -200,8 +154,8 @@ _GPT_NEOX: Final = Family(
 _BLOOM: Final = replace(
     _GPT_NEOX,
     blocks="h",
-    linears=_under("self_attention", o="dense")
-    | _under("mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
+    linears=under("self_attention", o="dense")
+    | under("mlp", up="dense_h_to_4h", down="dense_4h_to_h"),
     fused={"self_attention.query_key_value": Fused(QKV, by_head)},
     attention_out="self_attention.dense",
     final_norm="ln_f",
@@ -214,7 +168,7 @@ _FALCON: Final = replace(
 _MPT: Final = replace(
     _GPT2,
     blocks="blocks",
-    linears=_under("attn", o="out_proj") | _under("ffn", up="up_proj", down="down_proj"),
+    linears=under("attn", o="out_proj") | under("ffn", up="up_proj", down="down_proj"),
     fused={"attn.Wqkv": Fused(QKV, equal_parts(3))},
     attention_out="attn.out_proj",
     mlp_out="ffn.down_proj",
@@ -223,7 +177,7 @@ _MPT: Final = replace(
 )
 _OPT: Final = Family(
     blocks="decoder.layers",
-    linears=_under("self_attn", **_QKVO | {"o": "out_proj"}) | _under("", up="fc1", down="fc2"),
+    linears=under("self_attn", **_QKVO | {"o": "out_proj"}) | under("", up="fc1", down="fc2"),
     attention_out="self_attn.out_proj",
     mlp_out="fc2",
     norms=("self_attn_layer_norm", "final_layer_norm"),
@@ -240,6 +194,9 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
     dict.fromkeys(_LLAMA_LIKE, _LLAMA)
     | dict.fromkeys(("exaone4", "olmo2", "olmo3"), _OLMO2)
     | dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2)
+    | dict(ENCODERS)
+    | dict(SEQ2SEQ)
+    | dict(MIXTURES)
     | {
         "bloom": _BLOOM,
         "falcon": _FALCON,
@@ -258,3 +215,12 @@ FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
     }
 )
 """Model type (`config.json`) to family."""
+
+
+def first_position(config: Any) -> int:
+    """Return the position of a text's first token: 0, or RoBERTa's `pad_token_id` + 1."""
+    family = FAMILIES.get(config.model_type)
+    if family is None or not family.positions_after_padding:
+        return 0
+    first: int = config.pad_token_id + 1
+    return first

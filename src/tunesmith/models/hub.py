@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,18 +27,21 @@ _TIMEOUT: Final = 10
 """Seconds to wait for the Hub's first answer before the cache is looked at."""
 
 
-def download(name: str, settings: ModelSettings, *, otherwise: str) -> Path:
+def download(
+    name: str, settings: ModelSettings, *, otherwise: str, only: Sequence[str] | None = None
+) -> Path:
     """Return the local directory of Hub model `name`: from the Hub, or from its cache if offline.
 
     Args:
         name: `owner/model`, or a bare name.
         settings: for the revision, and whether Python files may come along.
         otherwise: end of the message when there is no such model.
+        only: names of files, where not all are needed.
 
     Raises:
         ModelError: no such model or revision, no access, or offline and not cached.
     """
-    files = [*_FILES, "*.py"] if settings.trust_remote_code else _FILES
+    files = [*(only or _FILES), *(["*.py"] if settings.trust_remote_code else [])]
     try:
         directory = huggingface_hub.snapshot_download(
             name,

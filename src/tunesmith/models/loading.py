@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tunesmith.errors import ModelError
 from tunesmith.models.chat import prepare_tokenizer
+from tunesmith.models.encoder_decoder import holds_encoder_decoder
 from tunesmith.models.gguf import first_line, load_gguf, load_gguf_tokenizer
+from tunesmith.models.heads import LOADERS, head_paths, start_head
 from tunesmith.models.hub import download
 from tunesmith.models.precision import DTYPES, best_dtype
-from tunesmith.models.quiet import without_progress_bars
+from tunesmith.models.quantize import quantise, require_quantiser
+from tunesmith.models.quiet import without_load_report, without_progress_bars
 from tunesmith.models.settings import ModelSettings
 from tunesmith.models.zoo import MODELS, near, zoo_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from tunesmith.models.heads import Head
+
+logger = logging.getLogger(__name__)
 
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -37,49 +47,92 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    head: Head | None = None,
 ) -> Loaded:
-    """Return a causal language model on `device`, and its tokenizer.
+    """Return a language model, or one with `head`, on `device`, and its tokenizer.
+
+    A directory whose config.json says so holds an encoder-decoder, any other a causal model.
 
     Args:
         name_or_settings: a path, zoo name or Hub id (looked up in this order), or settings.
         device: where the weights go.
         dtype: of the weights; by default what the settings say, whose `auto` is `best_dtype`.
+        head: of a classifier; where the files hold no such head, it starts from its seed.
 
     Raises:
         ModelError: nothing of this name, damaged or incomplete files, or pickled weights only.
-        SetupError: a zoo model that is not cached and cannot be fetched.
+        SetupError: a zoo model that is not cached and cannot be fetched, or weights to be
+            quantised without bitsandbytes or on a device that it does not know.
     """
     settings = _as_settings(name_or_settings)
     dtype = dtype or _dtype(settings, device)
+    require_quantiser(settings, device)
     place = locate(settings.name, settings)
+    quantised = settings.quantize != "none"
+    first = "cpu" if quantised else device
+    if place.is_file() and head is not None:
+        raise ModelError(
+            f"model.name: '{settings.name}' is a GGUF file, which holds a causal language model; "
+            "save it as a model directory to give it a classification head"
+        )
     if place.is_file():
-        model = load_gguf(place, dtype=dtype).to(device)
+        model = load_gguf(place, dtype=dtype).to(first)
     else:
-        model = _load_directory(place, settings, device=device, dtype=dtype)
+        model = _load_directory(place, settings, device=first, dtype=dtype, head=head)
+    if quantised:
+        quantise(model, settings, device=device)
     # Adapters record the base under the name that loads it again, not a folder of the cache.
     model.config._name_or_path = model.name_or_path = settings.name
+    chats = head is None
     if settings.tokenizer is not None:
-        return Loaded(model.eval(), load_tokenizer(settings))
-    return Loaded(model.eval(), _tokenizer_at(place, settings))
+        tokenizer = load_tokenizer(settings, chats=chats)
+    else:
+        tokenizer = _tokenizer_at(place, settings, chats=chats)
+    if head is not None:
+        # transformers' own forward finds the padding of a decoder by it.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Loaded(model.eval(), tokenizer)
 
 
-def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
-    """Return the tokenizer, with a pad token and a chat template (see `prepare_tokenizer`).
+def load_tokenizer(settings: ModelSettings, *, chats: bool = True) -> PreTrainedTokenizerFast:
+    """Return the tokenizer, with a pad token and, if it `chats`, a template.
+
+    See `prepare_tokenizer`.
 
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    return _tokenizer_at(locate(settings.tokenizer or settings.name, settings), settings)
+    place = locate(settings.tokenizer or settings.name, settings)
+    return _tokenizer_at(place, settings, chats=chats)
 
 
-def _tokenizer_at(place: Path, settings: ModelSettings) -> PreTrainedTokenizerFast:
+def _tokenizer_at(
+    place: Path, settings: ModelSettings, *, chats: bool = True
+) -> PreTrainedTokenizerFast:
     tokenizer = load_gguf_tokenizer(place) if place.is_file() else _load_tokenizer(place, settings)
-    prepare_tokenizer(tokenizer, settings)
+    bare = tokenizer.chat_template is None and settings.chat_template is None
+    reads_apart = bare and chats and is_encoder_decoder(settings)
+    prepare_tokenizer(tokenizer, settings, chats=chats, reads_apart=reads_apart)
     return tokenizer
 
 
-def locate(name: str, settings: ModelSettings) -> Path:
+def is_encoder_decoder(settings: ModelSettings) -> bool:
+    """Return whether the model that `settings` name reads with one stack and writes with another.
+
+    Raises:
+        ModelError: nothing of this name.
+        SetupError: a zoo model that is not cached and cannot be fetched.
+    """
+    return holds_encoder_decoder(locate(settings.name, settings))
+
+
+def locate(name: str, settings: ModelSettings, *, only: Sequence[str] | None = None) -> Path:
     """Return the directory or GGUF file that `name` stands for: a path, zoo name or Hub id.
+
+    Args:
+        name: what to look up.
+        settings: for the Hub's revision.
+        only: names of the files to fetch from the Hub; None is all that a model needs.
 
     Raises:
         ModelError: nothing of this name.
@@ -97,7 +150,7 @@ def locate(name: str, settings: ModelSettings) -> Path:
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf"
     if looks_like_path or name.count("/") > 1:
         raise ModelError(f"model.name: there is no file or directory '{name}'")
-    return download(name, settings, otherwise=near(name, MODELS))
+    return download(name, settings, otherwise=near(name, MODELS), only=only)
 
 
 def _as_settings(name_or_settings: str | ModelSettings) -> ModelSettings:
@@ -111,13 +164,25 @@ def _dtype(settings: ModelSettings, device: torch.device | str) -> torch.dtype:
 
 
 def _load_directory(
-    directory: Path, settings: ModelSettings, *, device: torch.device | str, dtype: torch.dtype
+    directory: Path,
+    settings: ModelSettings,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head: Head | None = None,
 ) -> PreTrainedModel:
     _check_directory(directory, settings)
     on_cpu = torch.device(device).type == "cpu"
+    if head is not None and holds_encoder_decoder(directory):
+        raise ModelError(
+            f"model.name: '{settings.name}' is an encoder-decoder, and classification heads are "
+            "for encoders and decoders; use one, or train it to write the label (objective sft)"
+        )
+    # A saved head for other classes is left out, and starts anew.
+    shape: dict[str, Any] = head.config() | {"ignore_mismatched_sizes": True} if head else {}
     try:
-        with without_progress_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
+        with without_progress_bars(), without_load_report() if head else nullcontext():
+            model, info = _loader(directory, head).from_pretrained(
                 directory,
                 dtype=dtype,
                 attn_implementation="eager" if settings.attention == "eager" else None,
@@ -126,21 +191,49 @@ def _load_directory(
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                **shape,
             )
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(
-            f"model.name: '{settings.name}' cannot be loaded as a causal language model: "
+            f"model.name: '{settings.name}' cannot be loaded {_as_what(directory, head)}: "
             f"{first_line(error)}"
         ) from error
-    if missing := sorted(info["missing_keys"]):
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    if head is not None:
+        missing -= _start_head(model, missing, head)
+    if missing:
         raise ModelError(
             f"model.name: '{settings.name}' has no weights for {len(missing)} parameters "
-            f"({missing[0]}, ...) of {type(model).__name__}, which would start random; it is "
-            "incomplete or no causal language model"
+            f"({min(missing)}, ...) of {type(model).__name__}, which would start random; it is "
+            f"incomplete or cannot be loaded {_as_what(directory, head)}"
         )
     return model
+
+
+def _loader(directory: Path, head: Head | None) -> Any:
+    """Return the class that loads the model in `directory` with this head."""
+    if head is not None:
+        return LOADERS[head.kind]
+    return AutoModelForSeq2SeqLM if holds_encoder_decoder(directory) else AutoModelForCausalLM
+
+
+def _as_what(directory: Path, head: Head | None) -> str:
+    if head is not None:
+        return f"with a {head.kind} head"
+    apart = holds_encoder_decoder(directory)
+    return "as an encoder-decoder" if apart else "as a causal language model"
+
+
+def _start_head(model: PreTrainedModel, missing: set[str], head: Head) -> set[str]:
+    """Start those of the `missing` weights that are the head's, and return their names."""
+    parents = tuple(f"{path}." for path in head_paths(model))
+    new = {name for name in missing if name.startswith(parents)}
+    start_head(model, new, head.seed)
+    if new:
+        logger.debug("the head starts new: %s", ", ".join(sorted(new)))
+    return new
 
 
 def _check_directory(directory: Path, settings: ModelSettings) -> None:

@@ -1,16 +1,19 @@
-"""How a causal language model's logits come out of its hidden states."""
+"""How a language model's logits come out of its hidden states: those of a decoder, where two."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from tunesmith.errors import ModelError
+from tunesmith.models.encoder_decoder import run_both
 from tunesmith.models.modes import evaluating
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from tunesmith.types import Batch
@@ -19,8 +22,8 @@ if TYPE_CHECKING:
 class OutputHead(NamedTuple):
     """Logits = c tanh(s (h W^T + b) / c), with s = 1 and no c for most models."""
 
-    backbone: nn.Module
-    """The model without its head; its `last_hidden_state` is h."""
+    backbone: Callable[..., Any]
+    """The model without its head; its `last_hidden_state` is h, of the decoder where two."""
     weight: Tensor
     """(vocab, width)."""
     bias: Tensor | None
@@ -29,7 +32,10 @@ class OutputHead(NamedTuple):
     softcap: float | None
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Return s h, (batch, length, width), for the model inputs in `batch` but its labels."""
+        """Return s h, (batch, length, width), for the model inputs in `batch` but its labels.
+
+        For an encoder-decoder the length is that of what it writes.
+        """
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         hidden: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
         return hidden if self.scale == 1.0 else hidden * self.scale
@@ -46,14 +52,29 @@ def output_head(model: PreTrainedModel) -> OutputHead:
         ModelError: the model has no linear output embedding over a backbone.
     """
     head = model.get_output_embeddings()
-    causal = model.base_model is not model and not model.config.is_encoder_decoder
-    if not causal or not isinstance(head, torch.nn.Linear):
+    backbone = _backbone(model)
+    if backbone is None or not isinstance(head, torch.nn.Linear):
         raise ModelError(
             f"{type(model).__name__} has no linear language-model head over a backbone, which "
-            "training on token log-probabilities needs; use a causal language model"
+            "training on token log-probabilities needs; use a causal language model or an "
+            "encoder-decoder"
         )
     scale, softcap = _scale_and_softcap(model)
-    return OutputHead(model.base_model, head.weight, head.bias, scale, softcap)
+    bias = _added_to_logits(model) if head.bias is None else head.bias
+    return OutputHead(backbone, head.weight, bias, scale, softcap)
+
+
+def _backbone(model: PreTrainedModel) -> Callable[..., Any] | None:
+    """Return what gives the hidden states, or None where the model has no head over anything."""
+    if model.base_model is not model:
+        return model.base_model
+    return partial(run_both, model) if model.config.is_encoder_decoder else None
+
+
+def _added_to_logits(model: PreTrainedModel) -> Tensor | None:
+    """Return BART's bias (vocab,) that is no parameter of the head, if there is one."""
+    bias = dict(model.named_buffers(recurse=False)).get("final_logits_bias")
+    return None if bias is None else bias[0]
 
 
 def _scale_and_softcap(model: PreTrainedModel) -> tuple[float, float | None]:
@@ -63,6 +84,9 @@ def _scale_and_softcap(model: PreTrainedModel) -> tuple[float, float | None]:
         raise ModelError(f"logit_scale: {scale!r} of {type(model).__name__} is not a number")
     scale *= config.get("lm_head_multiplier") or 1.0  # Falcon-H1
     scale /= config.get("logits_scaling") or 1.0  # Granite
+    scales = {"t5": config.get("scale_decoder_outputs"), "umt5": True}  # T5 1.0, not 1.1
+    if scales.get(config["model_type"]):
+        scale *= config["d_model"] ** -0.5
     return scale, config.get("final_logit_softcapping")  # Gemma 2
 
 
@@ -83,10 +107,13 @@ def check_output_head(model: PreTrainedModel, *, tolerance: float = 2e-2) -> flo
     """
     head = output_head(model)
     ids = torch.arange(3, device=head.weight.device)[None]
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
     with evaluating(model):
-        expected = model(input_ids=ids, use_cache=False).logits.float()
+        expected = model(**inputs, use_cache=False).logits.float()
         # A head that trains is float32 over a backbone that may not be.
-        hidden = head.hidden_states({"input_ids": ids}).to(head.weight.dtype)
+        hidden = head.hidden_states(inputs).to(head.weight.dtype)
     logits = torch.nn.functional.linear(hidden, head.weight, head.scaled_bias()).float()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)

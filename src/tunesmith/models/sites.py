@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import MethodError, ModelError
-from tunesmith.models.families import FAMILIES, Columns, Family
+from tunesmith.models.families import FAMILIES
+from tunesmith.models.family import Columns, Family, Fused, Stack
+from tunesmith.models.heads import head_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Kind = Literal["linear", "conv1d"]
+Kind = Literal["linear", "conv1d", "experts"]
 
 
 @dataclass(frozen=True)
@@ -25,23 +27,29 @@ class Site:
     name: str
     """`attention.q`, `mlp.down`, ...: the same for every architecture."""
     module: str
-    """Path of the projection in the model."""
+    """Path of the projection in the model, or of the module that holds fused experts."""
     kind: Kind
-    """How the projection stores its weight: (out, in), or (in, out) for GPT-2's Conv1D."""
+    """How the projection stores its weight: (out, in), or (in, out) for GPT-2's Conv1D, or
+    (experts, out, in) for a mixture's experts, all in one parameter."""
     in_features: int
     out_features: int
     """Output columns of this site, which may be fewer than the projection's."""
     columns: Columns | None
     """Ranges [start, stop) of the projection's outputs that are this site; None is all of them."""
     block: int
+    parameter: str = "weight"
+    """Name of the weight in its module."""
+    num_experts: int | None = None
+    """How many experts the weight holds, where it is one of experts."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One layer of the stack."""
+    """One layer of a stack."""
 
     path: str
     index: int
+    """Place in its stack."""
     attention_out: str
     """Module that puts out the attention branch as it joins the residual (`attention.out`)."""
     mlp_out: str
@@ -49,6 +57,15 @@ class Block:
     norms: tuple[str, ...]
     """Normalisations, per-head ones last."""
     sites: tuple[Site, ...]
+    stack: Stack
+    cross_out: str | None
+    """As `attention_out`, of a decoder's attention over its encoder (`cross.out`)."""
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """What joins the residual, in the order in which it does."""
+        cross = () if self.cross_out is None else (self.cross_out,)
+        return (self.attention_out, *cross, self.mlp_out)
 
 
 @dataclass(frozen=True)
@@ -59,9 +76,20 @@ class Sites:
     backbone: str
     """The model without its head; empty where the model is one."""
     blocks: tuple[Block, ...]
+    """Those of the encoder first, where there are two stacks."""
     embedding: str
     head: str | None
     final_norm: str | None
+    """After the last block: the decoder's, where there are two stacks."""
+    encoder_norm: str | None = None
+    """After the encoder's last block, where there are two stacks."""
+    classifier: tuple[str, ...] = ()
+    """Modules of a classification head, its pooler first; `head` is then None."""
+
+    @property
+    def encoder_only(self) -> bool:
+        """Whether every token sees every other: the model reads, and does not write."""
+        return all(block.stack == "encoder" for block in self.blocks)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +116,9 @@ class Sites:
 
 _ORDER = (
     *("attention.q", "attention.k", "attention.v", "attention.o"),
+    *("cross.q", "cross.k", "cross.v", "cross.o"),
     *("mlp.gate", "mlp.up", "mlp.down"),
+    *("shared.gate", "shared.up", "shared.down"),
 )
 
 
@@ -108,19 +138,17 @@ def find_sites(model: PreTrainedModel) -> Sites:
     family = FAMILIES[model_type]
     names = {id(module): name for name, module in model.named_modules()}
     backbone = names[id(model.base_model)]
-    layers = _join(backbone, family.blocks)
-    final_norm = _join(backbone, family.final_norm)
     head = model.get_output_embeddings()
+    encoder = () if family.encoder is None else _blocks(model, family.encoder, backbone)
     return Sites(
         model_type=model_type,
         backbone=backbone,
-        blocks=tuple(
-            _block(model, family, f"{layers}.{index}", index)
-            for index in range(len(_stack(model, layers)))
-        ),
+        blocks=(*encoder, *_blocks(model, family, backbone)),
         embedding=names[id(model.get_input_embeddings())],
         head=None if head is None else names[id(head)],
-        final_norm=final_norm if final_norm in names.values() else None,
+        final_norm=_final_norm(model, family, backbone),
+        encoder_norm=_final_norm(model, family.encoder, backbone),
+        classifier=head_paths(model),
     )
 
 
@@ -144,16 +172,38 @@ def _stack(model: nn.Module, path: str) -> nn.ModuleList:
     return stack
 
 
+def _blocks(model: PreTrainedModel, family: Family, backbone: str) -> tuple[Block, ...]:
+    """Return the blocks of one stack."""
+    layers = _join(backbone, family.blocks)
+    return tuple(
+        _block(model, family, f"{layers}.{index}", index)
+        for index in range(len(_stack(model, layers)))
+    )
+
+
+def _final_norm(model: PreTrainedModel, family: Family | None, backbone: str) -> str | None:
+    """Return the norm after the last block of one stack, if there is one."""
+    if family is None or family.final_norm is None:
+        return None
+    path = _join(backbone, family.final_norm)
+    return path if path in dict(model.named_modules()) else None
+
+
 def _block(model: PreTrainedModel, family: Family, path: str, index: int) -> Block:
     inside = dict(model.get_submodule(path).named_modules())
     norms = tuple(norm for norm in family.norms if norm in inside)
     sites = sorted(
-        (*_plain_sites(family, inside, path, index), *_fused_sites(model, family, path, index)),
+        (
+            *_plain_sites(family, inside, path, index),
+            *_fused_sites(model, family, path, index),
+            *_expert_sites(model, family, path, index),
+        ),
         key=lambda site: _ORDER.index(site.name),
     )
-    _refuse_unknown(inside, path, known=(*norms, *(s.module[len(path) + 1 :] for s in sites)))
-    for branch in (family.attention_out, family.mlp_out):
-        if branch not in inside:
+    own = (s.module[len(path) + 1 :] for s in sites)
+    _refuse_unknown(inside, path, known=(*norms, *own, *family.others))
+    for branch in (family.attention_out, family.cross_out, family.mlp_out):
+        if branch is not None and branch not in inside:
             raise ModelError(f"model.name: {path} has no {branch}, where a branch should end")
     return Block(
         path=path,
@@ -162,13 +212,15 @@ def _block(model: PreTrainedModel, family: Family, path: str, index: int) -> Blo
         mlp_out=_join(path, family.mlp_out),
         norms=tuple(_join(path, norm) for norm in norms),
         sites=tuple(sites),
+        stack=family.stack,
+        cross_out=None if family.cross_out is None else _join(path, family.cross_out),
     )
 
 
 def _plain_sites(
     family: Family, inside: dict[str, nn.Module], path: str, index: int
 ) -> Iterator[Site]:
-    for name, leaf in family.linears.items():
+    for name, leaf in (*family.linears.items(), *family.alternatives.items()):
         if leaf in inside:
             module = _join(path, leaf)
             kind, in_features, out_features = _shape(inside[leaf], module)
@@ -179,12 +231,41 @@ def _fused_sites(model: PreTrainedModel, family: Family, path: str, index: int) 
     for leaf, fused in family.fused.items():
         module = _join(path, leaf)
         kind, in_features, width = _shape(model.get_submodule(module), module)
-        parts = fused.layout(model.config, width)
-        if sorted(c for part in parts for r in part for c in range(*r)) != list(range(width)):
-            raise ModelError(f"model.name: the {width} outputs of {module} are not {fused.names}")
-        for name, columns in zip(fused.names, parts, strict=True):
-            out_features = sum(stop - start for start, stop in columns)
+        for name, columns, out_features in _parts(model, fused, module, width):
             yield Site(name, module, kind, in_features, out_features, columns, index)
+
+
+def _expert_sites(model: PreTrainedModel, family: Family, path: str, index: int) -> Iterator[Site]:
+    """Yield the sites of fused experts, where this block has any."""
+    experts = family.experts
+    if experts is None or experts.module not in dict(model.get_submodule(path).named_modules()):
+        return
+    module = _join(path, experts.module)
+    for parameter, fused in experts.parameters.items():
+        count, width, in_features = model.get_parameter(f"{module}.{parameter}").shape
+        for name, columns, out_features in _parts(model, fused, f"{module}.{parameter}", width):
+            yield Site(
+                name,
+                module,
+                "experts",
+                in_features,
+                out_features,
+                None if out_features == width else columns,
+                index,
+                parameter=parameter,
+                num_experts=count,
+            )
+
+
+def _parts(
+    model: PreTrainedModel, fused: Fused, path: str, width: int
+) -> Iterator[tuple[str, Columns, int]]:
+    """Yield name, output columns and their number of each site in a shared weight."""
+    parts = fused.layout(model.config, width)
+    if sorted(c for part in parts for r in part for c in range(*r)) != list(range(width)):
+        raise ModelError(f"model.name: the {width} outputs of {path} are not {fused.names}")
+    for name, columns in zip(fused.names, parts, strict=True):
+        yield name, columns, sum(stop - start for start, stop in columns)
 
 
 def _shape(module: nn.Module, path: str) -> tuple[Kind, int, int]:

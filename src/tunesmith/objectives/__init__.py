@@ -4,10 +4,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.objectives.classification import Classification
 from tunesmith.objectives.sft import SFT
+from tunesmith.objectives.token_classification import TokenClassification
 
-# A union of one is not a union to pydantic and takes no discriminator; with a second objective
-# this becomes Annotated[SFT | Other, Field(discriminator="name")].
-ObjectiveUnion = Annotated[SFT, Field()]
+ObjectiveUnion = Annotated[SFT | Classification | TokenClassification, Field(discriminator="name")]
 
-__all__ = ["SFT", "ObjectiveUnion"]
+__all__ = ["SFT", "Classification", "ObjectiveUnion", "TokenClassification"]

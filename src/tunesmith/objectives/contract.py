@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 class Objective(Settings):
     """Settings of an objective, and its loss."""
 
-    head: ClassVar[Literal["causal_lm"]]
+    head: ClassVar[Literal["causal_lm", "sequence_classification", "token_classification"]]
     """The head the model carries."""
 
     def loss(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Return the summed loss of `batch`, its count and further metrics, not yet divided."""
         raise NotImplementedError
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: Batch) -> float:
         """Return what the summed loss of `batch` is divided by, without running the model."""
         raise NotImplementedError

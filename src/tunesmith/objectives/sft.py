@@ -53,9 +53,13 @@ class SFT(Objective):
 def next_tokens(batch: Batch) -> Tensor:
     """Return what each position has to predict, (batch, length) int64, IGNORE where nothing.
 
-    The first token of a segment or of a left-padded row has nothing before it that it could be
+    What an encoder-decoder writes is in `labels` as it is to be predicted. In all others the first
+    token of a segment or of a left-padded row has nothing before it that it could be
     predicted from, so it is never a target.
     """
+    if "decoder_input_ids" in batch:
+        written: Tensor = batch["labels"]
+        return written
     targets: Tensor = batch["labels"][:, 1:]
     if "attention_mask" in batch:
         targets = targets.masked_fill(batch["attention_mask"][:, :-1] == 0, IGNORE)

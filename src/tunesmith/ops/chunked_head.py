@@ -53,6 +53,18 @@ def blocks(chunk: slice, rows: int, weight: Tensor) -> Iterator[tuple[slice, sli
         yield slice(chunk.start + start, chunk.start + stop), slice(start, stop)
 
 
+def logits_workspace(rows: int, vocab: int, device_type: str) -> int:
+    """Return the bytes that the loss holds at once beside its inputs, for bfloat16 products.
+
+    A chunk's logits, and of a block of them the logits and the softmax in float32.
+    """
+    chunk, block = (
+        min(rows * vocab, elements.get(device_type, elements["other"]))
+        for elements in (_CHUNK_ELEMENTS, _BLOCK_ELEMENTS)
+    )
+    return 2 * chunk + 8 * block
+
+
 def _rows_within(elements: dict[str, int], weight: Tensor) -> int:
     limit = elements.get(weight.device.type, elements["other"])
     return max(1, limit // weight.shape[0])

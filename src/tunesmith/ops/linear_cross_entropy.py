@@ -177,7 +177,9 @@ class _SummedLoss(torch.autograd.Function):
                     correct += (softmax.logits.argmax(-1) == labels[rows]).sum()
                 if any(needed):
                     logits[block] = _loss_by_logits(softmax, labels[rows], options.softcap)
+                del softmax  # or it would be there while the next one is made
             gradients.add(chunk, logits, hidden, head.weight)
+            del logits
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -221,6 +223,8 @@ class _PerToken(torch.autograd.Function):
                 log_probs[rows] = softmax.log_probs(labels[rows])
                 if options.with_entropy:
                     entropy[rows] = softmax.entropy()
+                del softmax
+            del logits
         return log_probs, entropy
 
     @staticmethod
@@ -239,5 +243,7 @@ class _PerToken(torch.autograd.Function):
                     factor = factor + by_entropy * softmax.surprise()
                 by_logits = (-softmax.p * factor).scatter_add_(-1, labels[rows, None], by_log_probs)
                 logits[block] = softmax.uncapped(by_logits, ctx.options.softcap)
+                del softmax, by_logits, factor
             gradients.add(chunk, logits, hidden, head.weight)
+            del logits
         return *gradients, None, None, None

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from tunesmith.ops.capped_attention import capped_attention
+
 # PyTorch 2.11 has no enable_gqa yet; there the key and value heads are repeated.
 _VARLEN_GQA: Final = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _VARLEN_HEAD_DIM: Final = 256
@@ -18,7 +20,7 @@ _VARLEN_HEAD_DIM: Final = 256
 _VARLEN: Final = cast("Callable[..., Tensor]", varlen_attn)
 
 
-def segment_attention(
+def segment_attention(  # noqa: PLR0913 - all that attention depends on
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -30,6 +32,7 @@ def segment_attention(
     window: int | None = None,
     max_length: int | None = None,
     prefix: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return each segment's own softmax(scaling q k^T) v, as if it were alone in the batch.
 
@@ -45,15 +48,18 @@ def segment_attention(
         scaling: factor of the scores; None is head_dim ** -0.5.
         dropout: probability of dropping an attention weight.
         causal: whether a token sees only itself and what is before it.
-        window: with `causal`, how many tokens a token sees at most, itself among them.
+        window: how many tokens a token sees at most, itself among them; without `causal`, as many
+            in each direction.
         max_length: tokens of the longest segment, or any bound; helps the kernel to share out work.
         prefix: keys and values (1, kv_heads, extra, head_dim) that every token of every segment
             sees besides, through any window.
+        softcap: c of c tanh(scores / c), which the kernel does not compute.
 
     Returns:
         (1, heads, tokens, head_dim), dtype of `q`.
     """
-    if uses_varlen(q, v, dropout=dropout, slides=window is not None and prefix is not None):
+    slides = window is not None and prefix is not None
+    if uses_varlen(q, v, dropout=dropout, slides=slides, capped=softcap is not None):
         return _in_one_kernel(
             q,
             k,
@@ -62,8 +68,7 @@ def segment_attention(
             # Any bound is right: the true longest would make the CPU wait for the GPU.
             max_length=max_length or q.shape[2],
             scaling=scaling,
-            # (before, after), -1 for all.
-            window=(-1 if window is None else window - 1, 0) if causal else (-1, -1),
+            window=_reach(window, causal=causal),
             prefix=prefix,
         )
     lengths = cu_seq_lens.diff().tolist()
@@ -75,7 +80,13 @@ def segment_attention(
         key, value = own_key, own_value
         if prefix is not None:
             key, value = (torch.cat(x, 2) for x in zip(prefix, (key, value), strict=True))
-        mask = _band(query, window, extra) if causal else None
+        mask = _band(query, window, extra, causal=causal)
+        if softcap is not None:
+            seen = _lower(query) if mask is None and causal else mask
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            options = {"scaling": scale, "softcap": softcap, "dropout": dropout}
+            outs.append(capped_attention(query, key, value, seen, **options))
+            continue
         outs.append(
             F.scaled_dot_product_attention(
                 query,
@@ -91,7 +102,14 @@ def segment_attention(
     return torch.cat(outs, dim=2)
 
 
-def uses_varlen(q: Tensor, v: Tensor, *, dropout: float = 0.0, slides: bool = False) -> bool:
+def _lower(q: Tensor) -> Tensor:
+    """Return (length, length) bool: what each token of a segment sees of it and what is before."""
+    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+
+
+def uses_varlen(
+    q: Tensor, v: Tensor, *, dropout: float = 0.0, slides: bool = False, capped: bool = False
+) -> bool:
     """Return whether the variable-length kernel can take queries and values like these.
 
     Args:
@@ -99,26 +117,36 @@ def uses_varlen(q: Tensor, v: Tensor, *, dropout: float = 0.0, slides: bool = Fa
         v: (batch, kv_heads, tokens, head_dim).
         dropout: probability of dropping an attention weight.
         slides: whether there is a prefix and a window, which the kernel would slide past it.
+        capped: whether the scores are capped.
     """
     half = q.dtype in (torch.float16, torch.bfloat16)
     width = q.shape[-1] if q.shape[-1] == v.shape[-1] else None
     fits = width is not None and width <= _VARLEN_HEAD_DIM
-    return q.is_cuda and half and dropout == 0 and fits and not slides
+    return q.is_cuda and half and dropout == 0 and fits and not (slides or capped)
 
 
-def _band(q: Tensor, window: int | None, extra: int) -> Tensor | None:
+def _reach(window: int | None, *, causal: bool) -> tuple[int, int]:
+    """Return how many tokens (before, after) itself a token sees, -1 for all."""
+    side = -1 if window is None else window - 1
+    return side, 0 if causal else side
+
+
+def _band(q: Tensor, window: int | None, extra: int, *, causal: bool) -> Tensor | None:
     """Return (length, extra + length) bool of what each token of a segment sees.
 
-    That is the `extra` keys in front and the last `window` tokens; None where a plain causal mask
-    or none at all says the same.
+    That is the `extra` keys in front and the tokens within the window; None where a plain causal
+    mask or none at all says the same.
     """
     length = q.shape[2]
     slides = window is not None and length > window
-    if not slides and (extra == 0 or length == 1):
+    if not slides and (extra == 0 or length == 1 or not causal):
         return None
-    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    if window is not None and slides:
-        seen = seen.triu(1 - window)
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    before, after = _reach(window if slides else None, causal=causal)
+    if after >= 0:
+        seen = seen.tril(after)
+    if before >= 0:
+        seen = seen.triu(-before)
     return F.pad(seen, (extra, 0), value=True)
 
 

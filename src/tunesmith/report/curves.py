@@ -20,7 +20,7 @@ _COLOURS: Final = {
     "#010205": "var(--muted)",
     "#010206": "var(--grid)",
 }
-_LINE, _MARK, _TEXT, _GRID = _COLOURS
+LINE, MARK, TEXT, GRID = _COLOURS
 _MOST_POINTS: Final = 400
 _SMOOTHING: Final = 0.9
 
@@ -48,19 +48,25 @@ def draw(
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11}
-    with mpl.rc_context(style):
+    settings = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11}
+    with mpl.rc_context(settings):
         figure = Figure(figsize=(5.8, 2.8), layout="constrained")
         axes = figure.subplots()
         _plot(axes, line, marks, smooth=smooth)
         values = [value for _, value in (*line, *marks)]
         if log and 0 < 10 * min(values) <= max(values):
             axes.set_yscale("log")
-        _style(axes)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        style(axes)
+        axes.set_xlabel("step", color=TEXT)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return Chart(title, _in_words(title, line or marks), _for_page(file.getvalue()))
+    return Chart(title, _in_words(title, line or marks), for_page(file.getvalue()))
 
 
 def _plot(axes: Axes, line: Points, marks: Points, *, smooth: bool) -> None:
@@ -68,27 +74,24 @@ def _plot(axes: Axes, line: Points, marks: Points, *, smooth: bool) -> None:
     smooth = smooth and len(steps) > 10
     if steps:
         single = "o" if len(steps) == 1 else None
-        axes.plot(steps, values, color=_LINE, lw=1.5, alpha=0.35 if smooth else 1, marker=single)
+        axes.plot(steps, values, color=LINE, lw=1.5, alpha=0.35 if smooth else 1, marker=single)
     if smooth:
-        axes.plot(steps, smoothed(values), color=_LINE, lw=2, label="training")
+        axes.plot(steps, smoothed(values), color=LINE, lw=2, label="training")
     if marks:
-        axes.plot(*_columns(marks), color=_MARK, lw=1.5, marker="o", ms=5, label="evaluation")
+        axes.plot(*_columns(marks), color=MARK, lw=1.5, marker="o", ms=5, label="evaluation")
     if marks and steps:
         axes.lines[-2].set_label("training")
-        axes.legend(frameon=False, labelcolor=_TEXT)
+        axes.legend(frameon=False, labelcolor=TEXT)
 
 
-def _style(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("step", color=_TEXT)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.tick_params(colors=_TEXT, which="both", length=0)
-    axes.grid(color=_GRID, lw=0.8)
+def style(axes: Axes) -> None:
+    """Give axes the page's plain look: a grid, no frame, in its colours."""
+    axes.tick_params(colors=TEXT, which="both", length=0)
+    axes.grid(color=GRID, lw=0.8)
     axes.margins(x=0.02)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
+    axes.spines["bottom"].set_color(GRID)
 
 
 def thinned(points: Points, most: int = _MOST_POINTS) -> list[tuple[float, float]]:
@@ -126,7 +129,7 @@ def _in_words(title: str, points: Points) -> str:
     )
 
 
-def _for_page(svg: str) -> str:
+def for_page(svg: str) -> str:
     """Return the <svg> element alone, without size and metadata, in the page's colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -7,14 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined
-
 from tunesmith.errors import CheckpointError
 from tunesmith.report import words
 from tunesmith.report.curves import Chart, draw
 from tunesmith.report.record import Record, read_record
-
-_HERE = Path(__file__).parent
+from tunesmith.report.template import fill
 
 
 class MetricRow(NamedTuple):
@@ -25,6 +22,22 @@ class MetricRow(NamedTuple):
     after: str
     change: str
     better: bool | None
+
+
+class Cell(NamedTuple):
+    """How many rows of one label were taken for one label."""
+
+    rows: int
+    share: float
+    """Of the rows of the true label."""
+    right: bool
+
+
+class ConfusionRow(NamedTuple):
+    """What the rows of a true label were taken for, in the order of the labels."""
+
+    label: str
+    cells: list[Cell]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -49,18 +62,15 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render(record: Record) -> str:
     """Return the page."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_file("page.html.jinja"))
     facts = {"Data": record.summary.get("data"), "Environment": record.environment}
-    return template.render(
+    return fill(
+        "page.html.jinja",
         name=record.name,
         lead=_lead(record),
-        style=_file("page.css"),
         metrics=metric_rows(record),
         cards=cards(record.summary),
         charts=charts(record),
+        confusion=confusion(record),
         samples=record.samples,
         proofs=record.summary.get("proofs", []),
         warnings=_warnings(record),
@@ -85,6 +95,18 @@ def metric_rows(record: Record) -> list[MetricRow]:
             words.improved(name, before.get(name), after.get(name)),
         )
         for name in dict.fromkeys((*after, *before))
+    ]
+
+
+def confusion(record: Record) -> list[ConfusionRow]:
+    """Return the confusion matrix of a classifier after training, a row for each true label."""
+    found = record.summary.get("confusion", {"labels": [], "matrix": []})
+    return [
+        ConfusionRow(
+            label,
+            [Cell(count, count / max(1, sum(row)), at == place) for at, count in enumerate(row)],
+        )
+        for place, (label, row) in enumerate(zip(found["labels"], found["matrix"], strict=True))
     ]
 
 
@@ -122,7 +144,12 @@ def _charts(record: Record) -> Iterator[Chart]:
     evaluations = record.evaluations()
     loss, evaluated_loss = record.course("loss"), evaluations.pop("loss", [])
     if loss or evaluated_loss:
-        yield draw("Loss (nats per token)", loss, marks=evaluated_loss, smooth=True)
+        labelled = record.summary.get("objective", "sft") in {
+            "classification",
+            "token_classification",
+        }
+        title = "Loss" if labelled else "Loss (nats per token)"
+        yield draw(title, loss, marks=evaluated_loss, smooth=True)
     for name, points in evaluations.items():
         if len(points) > 1:
             yield draw(f"{words.metric_name(name)} in evaluation", (), marks=points)
@@ -149,7 +176,3 @@ def _warnings(record: Record) -> list[str]:
     events = record.of_kind("warned", "micro_batch_halved")
     said = [f"step {event.get('step')}: {event.get('message')}" for event in events]
     return list(dict.fromkeys(said))
-
-
-def _file(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")

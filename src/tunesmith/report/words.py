@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-SHARES: Final = {"accuracy", "token_accuracy", "exact_match"}
+SHARES: Final = {
+    "accuracy", "token_accuracy", "exact_match", "macro_f1", "micro_f1", "best_micro_f1",
+}  # fmt: skip
 """Metrics from 0 to 1 that are read as a percentage."""
-LESS_IS_BETTER: Final = {"loss", "perplexity"}
-_NAMES: Final = {"bleu": "BLEU", "rouge_l": "ROUGE-L"}
+LESS_IS_BETTER: Final = {"loss", "perplexity", "mse"}
+NEITHER_IS_BETTER: Final = {"threshold"}
+_NAMES: Final = {
+    "bleu": "BLEU", "rouge_l": "ROUGE-L", "mcc": "MCC", "mse": "Mean squared error",
+    "macro_f1": "Macro-F1", "micro_f1": "Micro-F1",
+    "best_micro_f1": "Micro-F1 at the best threshold",
+    "threshold": "Best threshold",
+}  # fmt: skip
 
 
 def metric_name(name: str) -> str:
@@ -45,7 +53,7 @@ def _digits(name: str, value: float) -> int:
 
 def improved(name: str, before: float | None, after: float | None) -> bool | None:
     """Return whether a metric got better; None where it cannot be said."""
-    if before is None or after is None or before == after:
+    if before is None or after is None or before == after or name in NEITHER_IS_BETTER:
         return None
     return (after < before) == (name in LESS_IS_BETTER)
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from tunesmith.models.encoder_decoder import read_ids, start_token
 from tunesmith.models.modes import evaluating
-from tunesmith.rollout.generate import context_length, end_of_turn, require_room
+from tunesmith.rollout.generate import end_of_turn, room_after
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,8 @@ def stream_reply(
     pieces joined are the reply without special tokens.
 
     Args:
-        model: any causal language model; in eval mode until the iteration ends or is closed.
+        model: any causal language model or encoder-decoder; in eval mode until the iteration ends
+            or is closed.
         tokenizer: has a chat template.
         messages: dicts with `role` and `content`, the last one the user's.
         max_new_tokens: longest reply, in tokens; shorter where the context ends before.
@@ -48,12 +50,14 @@ def stream_reply(
     Raises:
         DataError: the conversation leaves no room in the model's context.
     """
-    prompt = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    limit = context_length(model)
-    require_room(prompt, limit, name="the conversation")
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+    if model.config.is_encoder_decoder:
+        prompt = read_ids(tokenizer, messages)
+    else:
+        prompt = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    limit = room_after(model, prompt, name="the conversation")
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit)
     sampler = _Sampler(temperature, top_p=top_p, top_k=top_k, seed=seed, device=model.device)
     stops, ids, said, text = end_of_turn(tokenizer), [], "", ""
     with evaluating(model):
@@ -100,9 +104,15 @@ def _tokens(
     model: PreTrainedModel, prompt: Sequence[int], sampler: _Sampler, count: int
 ) -> Iterator[int]:
     ids, cache = torch.tensor([list(prompt)], device=model.device), None
+    own: dict[str, Any] = {"logits_to_keep": 1}
+    name = "input_ids"
+    if model.config.is_encoder_decoder:
+        with torch.no_grad():
+            own = {"encoder_outputs": model.get_encoder()(input_ids=ids)}
+        name, ids = "decoder_input_ids", torch.full_like(ids[:, :1], start_token(model))
     for _ in range(count):
         # Not around the yield: there it would hold in the caller's code too.
         with torch.no_grad():
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(**{name: ids}, past_key_values=cache, use_cache=True, **own)
             ids, cache = sampler(output.logits[:, -1]), output.past_key_values
         yield int(ids)

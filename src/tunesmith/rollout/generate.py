@@ -12,6 +12,8 @@ from transformers import GenerationConfig
 
 from tunesmith.errors import DataError
 from tunesmith.models.chat import prepare_tokenizer
+from tunesmith.models.context import context_length, positions_of
+from tunesmith.models.encoder_decoder import start_token
 from tunesmith.models.modes import evaluating
 from tunesmith.models.settings import ModelSettings
 
@@ -35,11 +37,12 @@ def generate(
 ) -> list[list[int]]:
     """Return the new token ids for each prompt, in the given order.
 
-    Prompts of similar length share a batch, padded on the left. The model's own sampling defaults
-    (temperature, repetition penalty, ...) do not act; its mode and the global random state stay.
+    Prompts of similar length share a batch, padded on the left, or on the right where an encoder
+    reads them. The model's own sampling defaults (temperature, repetition penalty, ...) do not act;
+    its mode and the global random state stay.
 
     Args:
-        model: any causal language model, with or without methods attached.
+        model: any causal language model or encoder-decoder, with or without methods attached.
         tokenizer: gives the padding token, and the end of a turn where `stop_ids` is None.
         prompts: token ids, each at least one.
         max_new_tokens: longest reply, in tokens; shorter where the context ends before.
@@ -53,24 +56,25 @@ def generate(
     Raises:
         DataError: a prompt is empty or leaves no room in the model's context.
     """
-    limit = context_length(model)
     for index, prompt in enumerate(prompts):
-        require_room(prompt, limit, name=f"prompt {index}")
+        room_after(model, prompt, name=f"prompt {index}")
     stops = end_of_turn(tokenizer) if stop_ids is None else tuple(stop_ids)
     sampling = _sampling(temperature, top_p=top_p, top_k=top_k)
+    written_after = start_token(model) if model.config.is_encoder_decoder else None
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     with evaluating(model), _without_own_defaults(model), _seeded(seed, model.device):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            room = max_new_tokens if limit is None else limit - len(prompts[chosen[0]])
+            room = room_after(model, prompts[chosen[0]], name="the longest prompt")
             settings = GenerationConfig(
                 **sampling,
-                max_new_tokens=min(max_new_tokens, room),
+                max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
                 eos_token_id=list(stops),
                 pad_token_id=tokenizer.pad_token_id,
                 use_cache=True,
                 disable_compile=True,
+                decoder_start_token_id=written_after,
             )
             for index, reply in zip(
                 chosen, _continue(model, [prompts[i] for i in chosen], settings), strict=True
@@ -79,11 +83,19 @@ def generate(
     return replies
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Return how many tokens the model can attend over, or None where nothing limits it."""
-    config = model.config.get_text_config()
-    # Not every architecture has the attribute: Bloom's ALiBi, for one, needs no limit.
-    return getattr(config, "max_position_embeddings", None)
+def room_after(model: PreTrainedModel, prompt: Sequence[int], *, name: str) -> int | None:
+    """Return how many tokens a reply to `prompt` may have, or None where nothing limits it.
+
+    Raises:
+        DataError: the prompt is empty or leaves no room in the model's context.
+    """
+    limit = context_length(model)
+    if limit is not None and model.config.is_encoder_decoder:
+        # What is read and what is written are as long as the context, each for itself.
+        require_room(prompt, limit + 1, name=name)
+        return positions_of(model)
+    require_room(prompt, limit, name=name)
+    return None if limit is None else limit - len(prompt)
 
 
 def require_room(prompt: Sequence[int], limit: int | None, *, name: str) -> None:
@@ -112,8 +124,11 @@ def _sampling(temperature: float, *, top_p: float, top_k: int) -> dict[str, floa
 def _continue(
     model: PreTrainedModel, prompts: list[Sequence[int]], settings: GenerationConfig
 ) -> list[list[int]]:
+    apart = model.config.is_encoder_decoder
+    side = "right" if apart else "left"
+
     def padded(rows: list[Tensor], value: int) -> Tensor:
-        batch = pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+        batch = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
         return batch.to(model.device)
 
     rows = [torch.tensor(prompt) for prompt in prompts]
@@ -121,7 +136,9 @@ def _continue(
     # The mask goes by length: the padding token may also be a token of the text.
     mask = padded([torch.ones_like(row) for row in rows], 0)
     output = model.generate(ids, attention_mask=mask, generation_config=settings)
-    return output[:, ids.shape[1] :].tolist()
+    # A decoder's output begins with what it was given: the prompt, or the token it starts from.
+    given = 1 if apart else ids.shape[1]
+    return output[:, given:].tolist()
 
 
 def _until(reply: list[int], stops: Sequence[int]) -> list[int]:

@@ -1,0 +1,77 @@
+"""A plan as tables and sentences for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from tunesmith.measure.memory_plan import STRATEGIES, MemoryPlan
+from tunesmith.report.words import count, size
+
+if TYPE_CHECKING:
+    from tunesmith.jobs.plan import Plan, Remedy
+    from tunesmith.methods.counts import ParameterCounts
+
+
+def parameters_table(counts: ParameterCounts) -> Table:
+    """Return what trains, by kind."""
+    share = counts.trainable / max(1, counts.base)
+    table = Table(
+        "trains",
+        "parameters",
+        title=f"{count(counts.trainable)} of {count(counts.base)} parameters train ({share:.3%})",
+    )
+    for name, number in sorted(counts.by_kind.items(), key=lambda item: -item[1]):
+        table.add_row(name, count(number))
+    return table
+
+
+def plan_table(planned: Plan, devices: Sequence[int], limit: int | None) -> Table:
+    """Return the memory of each device, by what it is for, and how the devices share."""
+    rows, length = planned.tokens
+    columns = ["weights", "trained", "grads", "optim.", "activ.", "moment", "peak"]
+    title = f"memory of each {planned.device} device, {rows} rows of {length} tokens"
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in ("devices", *columns, *(["fits"] if limit else [])):
+        table.add_column(name, no_wrap=True, justify="left" if name == "devices" else "right")
+    for number in devices:
+        for strategy in STRATEGIES if number > 1 else STRATEGIES[:1]:
+            memory = planned.on(number, strategy)
+            name = str(number) if number == 1 else f"{number}, {strategy}"
+            fits = ["yes" if memory.peak <= limit else "no"] if limit else []
+            table.add_row(name, *map(_short, _parts(memory)), *fits)
+    return table
+
+
+def _short(number: int) -> str:
+    return size(number).removesuffix("iB").replace(" ", "")
+
+
+def _parts(memory: MemoryPlan) -> list[int]:
+    return [
+        memory.frozen + memory.process,
+        memory.trained,
+        memory.gradients,
+        memory.optimizer,
+        memory.activations,
+        memory.transient,
+        memory.peak,
+    ]
+
+
+def remedies_lines(planned: Plan, remedies: Sequence[Remedy], limit: int) -> list[str]:
+    """Return in words whether a run fits one device, and if not what makes it fit."""
+    peak = planned.alone.peak
+    if peak <= limit:
+        return [f"It fits into {size(limit)}: {size(peak)} at the most."]
+    if not remedies:
+        return [
+            f"It does not fit into {size(limit)}, and neither do smaller micro-batches, "
+            "checkpointing or a 4-bit base; take a smaller model, shorter rows or more devices."
+        ]
+    lines = [f"It does not fit into {size(limit)} ({size(peak)}). What makes it fit, in order:"]
+    lines += [f"- {r.change}: {size(r.peak)} at the most; costs {r.price}" for r in remedies]
+    return lines

@@ -1,0 +1,41 @@
+"""`tunesmith predict`."""
+
+from typing import Annotated
+
+import typer
+
+
+def predict(
+    run_directory: Annotated[str, typer.Argument(help="Run directory of a classifier.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings over the run's: engine.device=cpu")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text to classify; may be given several times.")
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option(help="A file of texts: one a line, or with a column text.")
+    ] = None,
+    *,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a text, with all probabilities.")
+    ] = False,
+) -> None:
+    """Say the label of texts and how probable it is."""
+    import json
+    from dataclasses import asdict
+
+    from tunesmith.errors import SpecError
+    from tunesmith.jobs.predict import predict as predict_texts
+    from tunesmith.jobs.predict import texts_in
+
+    texts = [*(text or []), *(texts_in(file, run_directory) if file else [])]
+    if not texts:
+        raise SpecError("nothing to classify; give --text or --file")
+    for prediction in predict_texts(run_directory, texts, overrides=overrides or []):
+        if as_json:
+            print(json.dumps(asdict(prediction), ensure_ascii=False))
+            continue
+        share = prediction.probabilities.get(prediction.said)
+        sure = "" if share is None else f"\t{share:.3f}"
+        print(f"{prediction.said}{sure}\t{prediction.text}")

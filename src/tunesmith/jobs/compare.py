@@ -1,0 +1,344 @@
+"""Comparing ways to fine-tune under equal conditions: search a rate, train seeds, measure, rank."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from tunesmith.errors import SpecError
+from tunesmith.jobs.comparison_findings import Row, findings_of
+from tunesmith.jobs.comparison_runs import Trial, run_trials
+from tunesmith.jobs.comparison_spec import Comparison, Variant
+from tunesmith.jobs.evidence import remember
+from tunesmith.jobs.run_directory import write_json, write_text
+from tunesmith.report.comparison import write_comparison_report
+from tunesmith.report.findings import Findings
+from tunesmith.report.words import LESS_IS_BETTER, duration
+from tunesmith.spec import Run
+
+Say = Callable[[str], None]
+Changes = dict[str, Any]
+"""Settings of a section to change."""
+
+SEARCH_SHARE: Final = 1 / 3
+"""Of the steps, in a trial of a learning rate."""
+RATE_FACTOR: Final = 3.0
+"""Between two neighbouring learning rates."""
+MOST_EXTENSIONS: Final = 2
+"""Further rates beyond the grid, while the best is at its edge."""
+PROBE_STEPS: Final = 6
+SPEED_STEPS: Final = 20
+LEAST_STEPS: Final = 10
+"""Below which a run under a budget would say nothing."""
+
+
+@dataclass
+class _Contest:
+    """One row on its way through the comparison."""
+
+    variant: Variant
+    run: Run
+    """As it would be alone, with the steps it may take."""
+    rates: dict[float, float] = field(default_factory=dict)
+    """Learning rates tried, and the metric each reached."""
+    rate: float | None = None
+    """The one that goes on; None takes the default of each of several methods."""
+    failed: str | None = None
+    trials: list[Trial] = field(default_factory=list)
+    """The finished runs of all seeds."""
+    speed: Trial | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes steps; a row of features does not."""
+        return self.variant.features is None
+
+
+def compare(comparison: Comparison, source: Path, say: Say) -> Findings:
+    """Run what is not finished yet of a comparison, and return and write what it found.
+
+    Writes comparison.json, comparison.csv and report.html into its directory. Stopped at any
+    moment it goes on where it was when called again.
+
+    Args:
+        comparison: what to compare.
+        source: the file it came from, beside which its run file is looked for.
+        say: told in a line what was done.
+
+    Raises:
+        SpecError: a row says something that no run can mean, or the budget is too small.
+    """
+    contests = [_Contest(v, _prepared(comparison, v, source)) for v in comparison.rows()]
+    metric = comparison.metric or _metric(contests[0].run)
+    comparison.directory.mkdir(parents=True, exist_ok=True)
+    write_text(comparison.directory / "comparison.yaml", comparison.to_yaml())
+    stage = _Stage(comparison, metric, say)
+    training = [contest for contest in contests if contest.trains]
+    if comparison.budget is not None and training:
+        _allot(stage, training, comparison.budget)
+    _search(stage, training)
+    findings = None
+    for number in range(comparison.seeds):
+        _train_seed(stage, contests, number)
+        findings = _written(stage, contests)  # the first seed already shows something
+    if comparison.jobs > 1 and comparison.measure_speed:
+        _measure_speed(stage, training)
+        findings = _written(stage, contests)
+    assert findings is not None  # noqa: S101 - there is at least one seed
+    remember(findings)
+    return findings
+
+
+def _written(stage: _Stage, contests: Sequence[_Contest]) -> Findings:
+    """Return what was found so far, written into the comparison's directory."""
+    comparison = stage.comparison
+    findings = findings_of(
+        comparison.name, stage.metric, [_row_of(c, alone=comparison.jobs == 1) for c in contests]
+    )
+    write(findings, comparison.directory)
+    return findings
+
+
+@dataclass
+class _Stage:
+    """Runs trials of all rows, counts them, and says how far it is."""
+
+    comparison: Comparison
+    metric: str
+    say: Say
+
+    def run(self, title: str, trials: Sequence[Trial]) -> list[Trial]:
+        """Run trials and return the finished ones."""
+        started, fresh, ended = time.perf_counter(), 0, 0
+
+        def done(trial: Trial) -> None:
+            nonlocal ended, fresh
+            ended += 1
+            fresh += time.perf_counter() - started > 1
+            left = ""
+            if fresh and ended < len(trials):
+                rest = (len(trials) - ended) * (time.perf_counter() - started) / fresh
+                left = f"; about {duration(rest)} left"
+            result = trial.why_failed() or self._value(trial)
+            self.say(f"{title} {ended}/{len(trials)}: {trial.row} {trial.run.name}: {result}{left}")
+
+        return run_trials(trials, at_once=self.comparison.jobs, done=done)
+
+    def value(self, trial: Trial) -> float | None:
+        """Return the metric that decides, after training.
+
+        Raises:
+            SpecError: no run will ever measure it, so the first one ends the comparison.
+        """
+        after = trial.summary()["after"]
+        if self.metric not in after and trial.features is None:
+            known = ", ".join(after)
+            raise SpecError(f"metric: {self.metric!r} is not measured; use one of {known}")
+        found = after.get(self.metric)
+        return None if found is None else float(found)
+
+    def _value(self, trial: Trial) -> str:
+        value = self.value(trial)
+        return "not measured" if value is None else f"{self.metric} {value:.4g}"
+
+
+def _prepared(comparison: Comparison, variant: Variant, source: Path) -> Run:
+    """Return a row's run with everything measured that a comparison shows."""
+    run = comparison.run_of(variant, source)
+    return run.model_copy(
+        update={
+            "output": str(comparison.directory / variant.title),
+            "evaluation": run.evaluation.model_copy(update={"inference": True}),
+        }
+    )
+
+
+def _metric(run: Run) -> str:
+    """Return what the run is judged by, where nothing is said."""
+    if run.evaluation.metrics:
+        return run.evaluation.metrics[0]
+    return "accuracy" if run.objective.name == "classification" else "loss"
+
+
+def _changed(run: Run, name: str, train: Changes, evaluation: Changes) -> Run:
+    """Return `run` under another name, with some settings changed."""
+    return run.model_copy(
+        update={
+            "name": name,
+            "train": run.train.model_copy(update=train),
+            "evaluation": run.evaluation.model_copy(update=evaluation),
+        }
+    )
+
+
+def _shortened(run: Run, share: float) -> dict[str, Any]:
+    """Return the train settings of a shorter run."""
+    if run.train.max_steps is not None:
+        return {"max_steps": max(1, round(share * run.train.max_steps))}
+    return {"epochs": share * run.train.epochs}
+
+
+def _allot(stage: _Stage, contests: Sequence[_Contest], budget: float) -> None:
+    """Give every row as many steps as fit into its equal share of the time.
+
+    Raises:
+        SpecError: fewer than `LEAST_STEPS` fit for some row; says what would be needed.
+    """
+    comparison = stage.comparison
+    probes = [_trial(c, "probe", train={"max_steps": PROBE_STEPS}) for c in contests]
+    finished = {trial.row: trial for trial in stage.run("probe", probes)}
+    searching = comparison.learning_rates if comparison.learning_rates > 1 else 0
+    runs = len(contests) * (searching * SEARCH_SHARE + comparison.seeds)
+    share = budget * comparison.jobs / runs
+    for contest, probe in zip(contests, probes, strict=True):
+        if contest.variant.title not in finished:
+            contest.failed = probe.why_failed()
+            continue
+        summary = probe.summary()
+        step = summary["seconds"] / summary["steps"]
+        overhead = summary["wall_seconds"] - summary["seconds"]
+        steps = int((share - overhead) / step)
+        if steps < LEAST_STEPS:
+            needed = (overhead + LEAST_STEPS * step) * runs / comparison.jobs
+            raise SpecError(
+                f"budget: {duration(budget)} leaves {contest.variant.title} {max(steps, 0)} steps "
+                f"a run; {LEAST_STEPS} need {duration(needed)} for all, or compare fewer rows"
+            )
+        contest.run = _changed(contest.run, contest.run.name, {"max_steps": steps}, {})
+
+
+def _trial(
+    contest: _Contest, name: str, *, train: Changes, evaluation: Changes | None = None
+) -> Trial:
+    run = _changed(contest.run, name, train, evaluation or {})
+    return Trial(contest.variant.title, run, keep=False)
+
+
+def _search(stage: _Stage, contests: Sequence[_Contest]) -> None:
+    """Find each row's learning rate on the even evaluation rows, at a third of the steps."""
+    count = stage.comparison.learning_rates
+    grid = [RATE_FACTOR ** (i - (count - 1) // 2) for i in range(count)]
+    asked: dict[int, list[float]] = {}
+    for contest in contests:
+        contest.rate = contest.run.resolved().train.learning_rate
+        if count > 1 and contest.rate is not None and not contest.failed:
+            asked[id(contest)] = [factor * contest.rate for factor in grid]
+    for _ in range(1 + MOST_EXTENSIONS):
+        if not asked:
+            break
+        trials = [
+            (contest, rate, _rate_trial(contest, rate))
+            for contest in contests
+            for rate in asked.get(id(contest), [])
+        ]
+        finished = stage.run("learning rates", [trial for _, _, trial in trials])
+        for contest, rate, trial in trials:
+            value = stage.value(trial) if trial in finished else None
+            if value is not None:
+                contest.rates[rate] = value
+            elif not contest.rates:
+                contest.failed = trial.why_failed() or f"{stage.metric} was not measured"
+        asked = {id(c): edge for c in contests if (edge := _beyond(c, stage.metric))}
+    for contest in contests:
+        if contest.rates:
+            contest.failed = None
+            contest.rate = _best_rate(contest.rates, stage.metric)
+
+
+def _rate_trial(contest: _Contest, rate: float) -> Trial:
+    return _trial(
+        contest,
+        f"rate-{rate:.3g}",
+        train=_shortened(contest.run, SEARCH_SHARE) | {"learning_rate": rate},
+        evaluation={"rows": "even", "inference": False, "general": None},
+    )
+
+
+def _best_rate(rates: dict[float, float], metric: str) -> float:
+    better = min if metric in LESS_IS_BETTER else max
+    return better(rates, key=lambda rate: rates[rate])
+
+
+def _beyond(contest: _Contest, metric: str) -> list[float]:
+    """Return the next rate where the best one is at the edge of those tried."""
+    if len(contest.rates) < 2:
+        return []
+    best, tried = _best_rate(contest.rates, metric), sorted(contest.rates)
+    if best == tried[0]:
+        return [best / RATE_FACTOR]
+    return [best * RATE_FACTOR] if best == tried[-1] else []
+
+
+def _train_seed(stage: _Stage, contests: Sequence[_Contest], number: int) -> None:
+    """Train every row with its rate and one seed, judged by rows no rate was chosen on."""
+    rows = "odd" if stage.comparison.learning_rates > 1 else "all"
+    running = [contest for contest in contests if contest.failed is None]
+    trials = [_seed_trial(contest, number, rows) for contest in running]
+    finished = stage.run(f"training, seed {number + 1} of {stage.comparison.seeds},", trials)
+    for contest, trial in zip(running, trials, strict=True):
+        if trial in finished:
+            contest.trials.append(trial)
+        elif not contest.trials:
+            contest.failed = trial.why_failed()
+
+
+def _seed_trial(contest: _Contest, number: int, rows: str) -> Trial:
+    seed = contest.run.seed + number
+    run = _changed(
+        contest.run, f"seed-{seed}", {"learning_rate": contest.rate}, {"rows": rows}
+    ).model_copy(update={"seed": seed})
+    # What the first seed trained can be tried out; of the others the numbers are kept.
+    return Trial(contest.variant.title, run, keep=number == 0, features=contest.variant.features)
+
+
+def _measure_speed(stage: _Stage, contests: Sequence[_Contest]) -> None:
+    """Run a few steps of every row with nothing beside it."""
+    # Judged by what every run measures; the metric of the comparison may need replies.
+    alone = _Stage(stage.comparison.model_copy(update={"jobs": 1}), "loss", stage.say)
+    running = [contest for contest in contests if contest.trials]
+    trials = [
+        _trial(
+            contest,
+            "speed",
+            train={"max_steps": SPEED_STEPS, "learning_rate": contest.rate},
+            evaluation={
+                "limit": 4 * contest.run.evaluation.batch_size,
+                "metrics": [],
+                "samples": 0,
+            },
+        )
+        for contest in running
+    ]
+    finished = alone.run("speed", trials)
+    for contest, trial in zip(running, trials, strict=True):
+        contest.speed = trial if trial in finished else None
+
+
+def _row_of(contest: _Contest, *, alone: bool) -> Row:
+    timed = contest.speed or (contest.trials[0] if alone and contest.trials else None)
+    return Row(
+        name=contest.variant.title,
+        method=contest.run.model_dump(mode="json")["method"],
+        learning_rate=contest.rate,
+        rates=contest.rates,
+        failed=contest.failed,
+        runs=[trial.directory for trial in contest.trials],
+        timed=timed.directory if timed else None,
+    )
+
+
+def write(findings: Findings, directory: Path) -> None:
+    """Write comparison.json, comparison.csv and report.html."""
+    write_json(directory / "comparison.json", asdict(findings))
+    file = io.StringIO()
+    table = [row.flat() for row in findings.rows]
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in table for key in row)))
+    writer.writeheader()
+    writer.writerows(table)
+    write_text(directory / "comparison.csv", file.getvalue())
+    write_comparison_report(findings, directory / "report.html")

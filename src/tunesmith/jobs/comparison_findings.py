@@ -1,0 +1,166 @@
+"""From the runs of a comparison to what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunesmith.measure.paired import Statistic, interval_of, over_seeds, resampled, two_sided_p
+from tunesmith.measure.text import bleu
+from tunesmith.report.findings import Findings, FoundRow
+from tunesmith.report.record import read_record
+from tunesmith.report.words import LESS_IS_BETTER
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tunesmith.jobs.run_directory import RunDirectory
+
+RESAMPLES = 1000
+CORPUS_RESAMPLES = 200
+"""For corpus BLEU, which is computed anew on every resample."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row with its finished runs, one a seed."""
+
+    name: str
+    method: Any
+    learning_rate: float | None
+    rates: dict[float, float]
+    failed: str | None
+    runs: list[RunDirectory]
+    timed: RunDirectory | None
+    """The run whose times count: one that had the machine to itself."""
+
+
+def findings_of(name: str, metric: str, rows: Sequence[Row]) -> Findings:
+    """Return what the runs show: the table's rows in order, with intervals and p-values."""
+    higher = metric not in LESS_IS_BETTER
+    found = {row.name: _found(row, metric) for row in rows}
+    measured = [row for row in rows if found[row.name].quality is not None]
+    samples = _resampled(measured, metric)
+    for row in measured:
+        if row.name in samples:
+            low, high = interval_of(samples[row.name])
+            found[row.name] = replace(found[row.name], low=low, high=high)
+    ranked = sorted(
+        (found[row.name] for row in measured),
+        key=lambda r: (-1 if higher else 1) * (r.quality or 0.0),
+    )
+    if ranked and ranked[0].name in samples:
+        best = samples[ranked[0].name]
+        ranked[1:] = [
+            replace(r, p_value=two_sided_p(best - samples[r.name])) if r.name in samples else r
+            for r in ranked[1:]
+        ]
+    failed = [found[row.name] for row in rows if found[row.name].quality is None]
+    facts = _facts(measured[0].runs[0]) if measured else {}
+    return Findings(name, metric, higher, [*_untuned(measured, metric), *ranked, *failed], facts)
+
+
+def _found(row: Row, metric: str) -> FoundRow:
+    """Return a row's own numbers, without comparing it."""
+    summaries = [run.read_json(run.summary) for run in row.runs]
+    values = [s["after"][metric] for s in summaries if s["after"].get(metric) is not None]
+    rates = {f"{rate:.3g}": value for rate, value in sorted(row.rates.items())}
+    start = FoundRow(row.name, learning_rate=row.learning_rate, rates=rates)
+    if not values:
+        return replace(start, failed=row.failed or f"{metric} was not measured")
+    first = summaries[0]
+    general = [s["general_loss"] for s in summaries if s.get("general_loss")]
+    timed = row.timed.read_json(row.timed.summary) if row.timed else None
+    return replace(
+        start if timed is None else _timed(start, timed, steps=first["steps"]),
+        quality=float(np.mean(values)),
+        values=values,
+        trainable_parameters=first["trainable_parameters"],
+        total_parameters=first["total_parameters"],
+        stored_bytes=first["result_bytes"],
+        process_bytes=max(s["peak_process_bytes"] for s in summaries),
+        device_bytes=max((s["peak_device_bytes"] or 0 for s in summaries), default=0) or None,
+        general_before=float(np.mean([g["before"] for g in general])) if general else None,
+        general_after=float(np.mean([g["after"] for g in general])) if general else None,
+        steps=first["steps"],
+        curve=read_record(row.runs[0].path).course("loss"),
+    )
+
+
+def _timed(row: FoundRow, summary: dict[str, Any], *, steps: int) -> FoundRow:
+    """Return a row with the times of a run that had the machine to itself."""
+    a_step = summary["seconds"] / summary["steps"] if steps else None
+    return replace(
+        row,
+        seconds_per_step=a_step,
+        seconds=summary["seconds"] if a_step is None else a_step * steps,
+        tokens_per_second=summary["tokens_per_second"],
+        slowdown=summary.get("inference_slowdown"),
+    )
+
+
+def _resampled(rows: Sequence[Row], metric: str) -> dict[str, NDArray[np.float64]]:
+    """Return the metric of each row on resampled evaluation rows and seeds, (resamples,)."""
+    outcomes = {
+        row.name: [run.read_json(run.outcomes) for run in row.runs if run.outcomes.exists()]
+        for row in rows
+    }
+    statistics = {
+        name: [s for o in each if (s := _statistic(o, metric)) is not None]
+        for name, each in outcomes.items()
+    }
+    lengths = {length for each in statistics.values() for _, length in each}
+    if len(lengths) != 1 or not all(statistics.values()):
+        return {}  # the rows were not the same, or nothing is known of each alone
+    flat = [statistic for each in statistics.values() for statistic, _ in each]
+    drawn = resampled(
+        flat, lengths.pop(), resamples=CORPUS_RESAMPLES if metric == "bleu" else RESAMPLES
+    )
+    found, start = {}, 0
+    for name, each in statistics.items():
+        found[name] = over_seeds(drawn[start : start + len(each)])
+        start += len(each)
+    return found
+
+
+def _statistic(outcomes: dict[str, Any], metric: str) -> tuple[Statistic, int] | None:
+    """Return what computes the metric on chosen rows, and how many rows there are."""
+    if (scores := outcomes.get(metric)) is not None:
+        values = np.asarray(scores, dtype=np.float64)
+        return (lambda chosen: float(values[chosen].mean())), len(values)
+    if metric == "bleu" and outcomes.get("replies"):
+        replies, references = outcomes["replies"], outcomes["references"]
+        return (
+            lambda chosen: bleu([replies[i] for i in chosen], [references[i] for i in chosen]),
+            len(replies),
+        )
+    return None
+
+
+def _untuned(rows: Sequence[Row], metric: str) -> list[FoundRow]:
+    """Return the base model as it was, from a run whose method starts as exactly that."""
+    for row in rows:
+        summary = row.runs[0].read_json(row.runs[0].summary)
+        value = summary["before"].get(metric)
+        if value is not None and summary.get("identity_at_start"):
+            title = "untuned" if summary["objective"] == "sft" else "untuned, random head"
+            return [FoundRow(title, baseline=True, quality=value, values=[value])]
+    return []
+
+
+def _facts(run: RunDirectory) -> dict[str, Any]:
+    """Return what all rows have in common."""
+    summary, environment = run.read_json(run.summary), run.read_json(run.environment)
+    return {
+        "model": summary["model"],
+        "kind": summary["kind"],
+        "objective": summary["objective"],
+        "training rows": summary["data"]["train"]["kept"],
+        "evaluation rows": summary["data"].get("evaluation", {}).get("kept"),
+        "hardware": summary["hardware"],
+        "started": environment["started"],
+        "versions": environment["versions"],
+    }

@@ -1,0 +1,195 @@
+"""The runs of a comparison, each in a process of its own, and never a finished one twice."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any, Final
+
+from tunesmith.errors import TunesmithError
+from tunesmith.jobs.features_spec import FeatureRun
+from tunesmith.jobs.run_directory import RunDirectory, write_text
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+    from pathlib import Path
+
+    from tunesmith.jobs.features_spec import FeatureSettings
+    from tunesmith.spec import Run
+
+_WATCH_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a comparison."""
+
+    row: str
+    """The row it belongs to."""
+    run: Run
+    keep: bool
+    """Whether what it trained is kept; a trial of a learning rate leaves its numbers only."""
+    features: FeatureSettings | None = None
+    """Of a row that trains nothing: how it classifies instead."""
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Where it lies."""
+        return RunDirectory(self.run.directory)
+
+    @property
+    def log(self) -> Path:
+        """What it printed."""
+        return self.run.directory.with_name(f"{self.run.name}.log")
+
+    @property
+    def failure(self) -> Path:
+        """Why it failed, where it did."""
+        return self.run.directory.with_name(f"{self.run.name}.failed.txt")
+
+    @property
+    def asked(self) -> Path:
+        """What was asked for, written when it is done; run.yaml also says what the data told."""
+        return self.run.directory.with_name(f"{self.run.name}.asked.yaml")
+
+    def to_yaml(self) -> str:
+        """Return the file that says exactly what is asked for."""
+        if self.features is None:
+            return self.run.to_yaml()
+        return FeatureRun(self.run, self.features).to_yaml()
+
+    def finished(self) -> bool:
+        """Return whether exactly this run lies there whole."""
+        if not (self.directory.summary.is_file() and self.asked.is_file()):
+            return False
+        return self.asked.read_text(encoding="utf-8") == self.to_yaml()
+
+    def why_failed(self) -> str | None:
+        """Return what the run said when it failed, or None."""
+        return self.failure.read_text(encoding="utf-8").strip() if self.failure.exists() else None
+
+    def summary(self) -> dict[str, Any]:
+        """Return the evidence of the finished run."""
+        found: dict[str, Any] = self.directory.read_json(self.directory.summary)
+        return found
+
+
+def run_trials(
+    trials: Iterable[Trial], *, at_once: int, done: Callable[[Trial], None]
+) -> list[Trial]:
+    """Run what is not finished yet and return the trials that are, in their order.
+
+    A trial that fails leaves its reason in `failure` and is left out; the others go on.
+
+    Args:
+        trials: what to run.
+        at_once: processes at the same time.
+        done: told of each trial as it ends, or is found finished.
+    """
+    trials = list(trials)
+    waiting = [trial for trial in trials if not trial.finished()]
+    for trial in trials:
+        if trial not in waiting:
+            done(trial)
+    running: dict[int, tuple[BaseProcess, Trial]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                process = _start(waiting[0])
+                running[process.sentinel] = (process, waiting.pop(0))
+            for sentinel in wait(list(running)):
+                assert isinstance(sentinel, int)  # noqa: S101
+                process, trial = running.pop(sentinel)
+                process.join()
+                _note_death(process, trial)
+                done(trial)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.join()
+    return [trial for trial in trials if trial.finished()]
+
+
+def _start(trial: Trial) -> BaseProcess:
+    trial.failure.unlink(missing_ok=True)
+    trial.asked.unlink(missing_ok=True)
+    trial.log.parent.mkdir(parents=True, exist_ok=True)
+    # The heavy imports happen once, and every run is forked from there: a fresh process, whose peak
+    # memory is its own.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tunesmith.jobs.train"])
+    process = context.Process(target=_train, args=(trial,))
+    process.start()
+    return process
+
+
+def _note_death(process: BaseProcess, trial: Trial) -> None:
+    """Say of a process that died without a word how it ended."""
+    if process.exitcode and not trial.failure.exists():
+        how = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit {process.exitcode}"
+        more = " (probably out of memory)" if process.exitcode == -9 else ""
+        write_text(trial.failure, f"the process ended by {how}{more}; see {trial.log.name}\n")
+
+
+def _train(trial: Trial) -> None:
+    """Train one run; the body of its process."""
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    with trial.log.open("w", encoding="utf-8") as file, _printing_to(file.fileno()):
+        try:
+            _work(trial)
+            _clean(trial.directory, keep=trial.keep)
+            write_text(trial.asked, trial.to_yaml())
+        except TunesmithError as error:
+            write_text(trial.failure, f"{error}\n")
+            sys.exit(error.exit_code)
+        # Whatever a row dies of is the row's result, and the other rows still want to run.
+        except Exception as error:  # noqa: BLE001
+            traceback.print_exc()
+            write_text(trial.failure, f"{type(error).__name__}: {error}\n")
+            sys.exit(1)
+
+
+def _work(trial: Trial) -> None:
+    """Train, or learn from features; what this needs is imported in the trial's process only."""
+    if trial.features is not None:
+        from tunesmith.jobs.features import learn_from_features
+
+        learn_from_features(FeatureRun(trial.run, trial.features), print, overwrite=True)
+        return
+    from tunesmith.jobs.train import train
+
+    train(trial.run, overwrite=True)
+
+
+def _clean(directory: RunDirectory, *, keep: bool) -> None:
+    """Remove what nobody will read again."""
+    shutil.rmtree(directory.path / "checkpoints", ignore_errors=True)
+    if not keep:
+        shutil.rmtree(directory.adapter, ignore_errors=True)
+        shutil.rmtree(directory.model, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _printing_to(descriptor: int) -> Iterator[None]:
+    """Send everything this process prints to an open file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    yield
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when the one that started it is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)

@@ -1,0 +1,282 @@
+"""Measuring a classifier on the evaluation rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tunesmith.engine.evaluation import measuring
+from tunesmith.errors import SpecError
+from tunesmith.jobs.examine import Examiner, Reply, chosen, shown
+from tunesmith.jobs.labelled import classifies
+from tunesmith.measure import classification as measure
+from tunesmith.measure.intervals import wilson_interval
+from tunesmith.objectives import Classification, TokenClassification
+from tunesmith.types import IGNORE
+
+if TYPE_CHECKING:
+    from tunesmith.data.rows import Prompt, TokenRow
+    from tunesmith.engine.distribution import Peers
+    from tunesmith.jobs.assemble import Assembled
+    from tunesmith.measure.intervals import Interval
+    from tunesmith.types import JSON
+
+LARGEST_MATRIX = 50
+"""Classes up to which a confusion matrix is kept."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model put out for some rows, and what is true of them."""
+
+    loss: float
+    logits: list[NDArray[np.float32]]
+    """Of each row (classes,), or of each labelled token, (tokens, classes)."""
+    targets: list[NDArray[Any]]
+    """In the same order."""
+
+
+@dataclass(frozen=True)
+class JudgedClasses:
+    """What predictions of one class a row are worth."""
+
+    metrics: dict[str, float]
+    outcomes: dict[str, JSON]
+    """What each row scored: metric to scores."""
+    evidence: dict[str, JSON]
+    """95 % intervals of the metrics, the confusion matrix."""
+
+
+def judge_classes(
+    true: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequence[str]
+) -> JudgedClasses:
+    """Return what predicted classes are worth against the true ones, (rows,) int64 each."""
+    right = true == predicted
+    metrics = {
+        "accuracy": measure.accuracy(true, predicted),
+        "macro_f1": measure.macro_f1(true, predicted),
+        "mcc": measure.matthews(true, predicted),
+    }
+    intervals: dict[str, JSON] = {
+        "accuracy": list(wilson_interval(int(right.sum()), len(right))),
+        **_intervals({"macro_f1": measure.macro_f1, "mcc": measure.matthews}, true, predicted),
+    }
+    return JudgedClasses(
+        metrics,
+        {"accuracy": right.astype(float).tolist()},
+        {"intervals": intervals, **_confusion(true, predicted, labels)},
+    )
+
+
+def _intervals(
+    metrics: Mapping[str, Callable[[Any, Any], float]],
+    true: NDArray[Any],
+    predicted: NDArray[Any],
+) -> dict[str, JSON]:
+    found: dict[str, Interval] = {
+        name: measure.resampled_interval(metric, true, predicted)
+        for name, metric in metrics.items()
+    }
+    return {name: list(interval) for name, interval in found.items()}
+
+
+def _confusion(
+    true: NDArray[np.int64], predicted: NDArray[np.int64], labels: Sequence[str]
+) -> dict[str, JSON]:
+    if len(labels) > LARGEST_MATRIX:
+        return {}
+    matrix = measure.confusion_matrix(true, predicted, len(labels))
+    return {"confusion": {"labels": list(labels), "matrix": matrix.tolist()}}
+
+
+@dataclass
+class LabelExaminer:
+    """Measures the assembled classifier as it is; call it as often as wanted."""
+
+    assembled: Assembled
+    peers: Peers
+    replies: list[Reply] = field(default_factory=list, init=False)
+    """What the last examination said of the first `evaluation.samples` rows."""
+    outcomes: dict[str, JSON] = field(default_factory=dict, init=False)
+    """Of the last examination, what each row scored: metric to scores."""
+    evidence: dict[str, JSON] = field(default_factory=dict, init=False)
+    """Of the last examination: 95 % intervals of the metrics, the confusion matrix."""
+
+    def __post_init__(self) -> None:
+        """Check that what is to be measured can be.
+
+        Raises:
+            SpecError: a metric of generated replies is asked for.
+        """
+        generated = [name for name in self.assembled.run.evaluation.metrics if name != "accuracy"]
+        if generated:
+            raise SpecError(
+                f"evaluation.metrics: {generated[0]} compares generated replies, and a classifier "
+                "gives none; leave it out (its own metrics are always measured)"
+            )
+
+    @property
+    def objective(self) -> Classification | TokenClassification:
+        """What the head learned."""
+        objective = self.assembled.run.objective
+        assert isinstance(objective, Classification | TokenClassification)  # noqa: S101
+        return objective
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is anything to measure on."""
+        return len(self.assembled.data.evaluation) > 0
+
+    def examine(self, step: int | None = None) -> dict[str, float]:
+        """Return all metrics of the model as it is now; every process calls this alike."""
+        del step  # replies are told by the one who asks
+        settings, data = self.assembled.run.evaluation, self.assembled.data
+        judged = self.judge(chosen(data.evaluation, settings))
+        return {"loss": judged.loss} | self._measured(judged, chosen(list(data.examples), settings))
+
+    def judge(self, rows: Sequence[TokenRow]) -> Judged:
+        """Return loss, outputs and truth of `rows`; each process judges its share."""
+        size = self.assembled.run.evaluation.batch_size
+        objective, program = self.objective, self.assembled.program
+        dtype, device = self.assembled.autocast_dtype, self.peers.device
+        mine: list[tuple[int, list[NDArray[np.float32]], list[NDArray[Any]]]] = []
+        total = count = 0.0
+        with measuring(program):
+            for start in range(0, len(rows), size)[self.peers.rank :: self.peers.size]:
+                some = list(rows[start : start + size])
+                batch = self.peers.to_device(self.assembled.collate(some))
+                with torch.autocast(device.type, dtype) if dtype else nullcontext():
+                    logits = objective.logits(program.model, batch)
+                    terms = objective.loss_of(logits, batch)
+                total, count = total + float(terms.total), count + terms.count
+                mine.append((start, *_rows_of(logits, batch["labels"])))
+        shares = self.peers.gather((mine, total, count))
+        parts = sorted((p for share, _, _ in shares for p in share), key=lambda part: part[0])
+        return Judged(
+            sum(t for _, t, _ in shares) / max(sum(c for _, _, c in shares), 1e-12),
+            [row for _, logits, _ in parts for row in logits],
+            [row for _, _, targets in parts for row in targets],
+        )
+
+    def _measured(self, judged: Judged, asked: Sequence[Prompt | None]) -> dict[str, float]:
+        objective = self.objective
+        if isinstance(objective, TokenClassification):
+            metrics = self._of_tokens(judged)
+        elif objective.kind == "single":
+            metrics = self._of_classes(judged)
+        elif objective.kind == "multi":
+            metrics = self._of_sets(judged)
+        else:
+            metrics = self._of_numbers(judged)
+        self.replies = [
+            Reply(shown(prompt), prompt.reference[0], self._said(logits, metrics))
+            for prompt, logits in list(zip(asked, judged.logits, strict=True))[
+                : self.assembled.run.evaluation.samples
+            ]
+            if prompt is not None
+        ]
+        return metrics
+
+    def _of_classes(self, judged: Judged) -> dict[str, float]:
+        true = np.array(judged.targets, dtype=np.int64)
+        predicted = np.stack(judged.logits).argmax(axis=1)
+        found = judge_classes(true, predicted, self.objective.labels or [])
+        self.outcomes, self.evidence = found.outcomes, found.evidence
+        return found.metrics
+
+    def _of_tokens(self, judged: Judged) -> dict[str, float]:
+        true = np.concatenate(judged.targets)
+        predicted = np.concatenate(judged.logits).argmax(axis=1)
+        # Tokens of one text hang together, so the scores, and what is drawn again, are texts.
+        rows = [
+            float((logits.argmax(axis=1) == target).mean())
+            for logits, target in zip(judged.logits, judged.targets, strict=True)
+            if len(target)
+        ]
+        self.outcomes = {"accuracy": list(rows)}
+        self.evidence = _confusion(true, predicted, self.objective.labels or [])
+        return {
+            "accuracy": measure.accuracy(true, predicted),
+            "macro_f1": measure.macro_f1(true, predicted),
+        }
+
+    def _of_sets(self, judged: Judged) -> dict[str, float]:
+        true = np.stack(judged.targets) > 0.5
+        probability = sigmoid(np.stack(judged.logits))
+        given = probability > 0.5
+        best = measure.best_threshold(true, probability)
+        self.outcomes = {"exact_match": (true == given).all(axis=1).astype(float).tolist()}
+        scores = {"micro_f1": measure.micro_f1_of_sets, "macro_f1": measure.macro_f1_of_sets}
+        self.evidence = {"intervals": _intervals(scores, true, given)}
+        return {
+            "micro_f1": measure.micro_f1_of_sets(true, given),
+            "macro_f1": measure.macro_f1_of_sets(true, given),
+            "exact_match": float((true == given).all(axis=1).mean()),
+            "threshold": best.value,
+            "best_micro_f1": best.micro_f1,
+        }
+
+    def _of_numbers(self, judged: Judged) -> dict[str, float]:
+        true = np.array(judged.targets, dtype=np.float64)
+        predicted = np.stack(judged.logits)[:, 0].astype(np.float64)
+        self.outcomes = {"squared_error": ((true - predicted) ** 2).tolist()}
+        scores = {"pearson": measure.pearson, "spearman": measure.spearman}
+        self.evidence = {"intervals": _intervals(scores, true, predicted)}
+        return {
+            "mse": measure.mean_squared_error(true, predicted),
+            "pearson": measure.pearson(true, predicted),
+            "spearman": measure.spearman(true, predicted),
+        }
+
+    def _said(self, logits: NDArray[np.float32], metrics: dict[str, float]) -> str:
+        """Return a prediction for people to read."""
+        objective, labels = self.objective, self.objective.labels or []
+        if isinstance(objective, TokenClassification):
+            return " ".join(labels[index] for index in logits.argmax(axis=1))
+        if objective.kind == "regression":
+            return f"{logits[0]:.3f}"
+        if objective.kind == "multi":
+            given = sigmoid(logits) > metrics["threshold"]
+            return " ".join(label for label, on in zip(labels, given, strict=True) if on)
+        probability = softmax(logits)
+        return f"{labels[int(logits.argmax())]} ({probability.max():.2f})"
+
+
+def examiner_of(assembled: Assembled, peers: Peers) -> Examiner | LabelExaminer:
+    """Return what measures the model of this run."""
+    if classifies(assembled.run):
+        return LabelExaminer(assembled, peers)
+    return Examiner(assembled, peers)
+
+
+def _rows_of(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[list[NDArray[np.float32]], list[NDArray[Any]]]:
+    """Return outputs and truth a row; of tokens those that have a label."""
+    outputs, truth = logits.float().cpu().numpy(), labels.cpu().numpy()
+    if outputs.ndim == 2:
+        return list(outputs), list(truth)
+    kept = [row != IGNORE for row in truth]
+    return (
+        [out[keep] for out, keep in zip(outputs, kept, strict=True)],
+        [row[keep] for row, keep in zip(truth, kept, strict=True)],
+    )
+
+
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return probabilities, each label by itself."""
+    wide = logits.astype(np.float64)
+    return 1.0 / (1.0 + np.exp(-wide))
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return probabilities, (..., classes)."""
+    wide = logits.astype(np.float64)
+    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)

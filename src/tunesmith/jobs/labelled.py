@@ -1,0 +1,165 @@
+"""What a run that classifies has of its own: labelled rows, a head, batches of texts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from tunesmith.data.classification import LabelledData, prepare_labelled
+from tunesmith.data.classification_collate import LabelledCollator
+from tunesmith.data.prepare import prepare
+from tunesmith.errors import SpecError
+from tunesmith.models.heads import Head, reads_last_token
+from tunesmith.models.loading import is_encoder_decoder
+from tunesmith.models.zoo import cache_dir
+from tunesmith.objectives import Classification, TokenClassification
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from tunesmith.data.classification_rows import Kind
+    from tunesmith.data.prepare import PreparedData
+    from tunesmith.data.tokenise import Progress
+    from tunesmith.spec import Run
+
+NUMBER = ("value",)
+"""What the one output of a regression is called."""
+
+
+def classifies(run: Run) -> bool:
+    """Return whether the run gives its model a classification head."""
+    return isinstance(run.objective, Classification | TokenClassification)
+
+
+def reads_rows(run: Run, model: PreTrainedModel) -> bool:
+    """Return whether the run's head needs rows of a batch: all but a decoder's of texts."""
+    return classifies(run) and not reads_last_token(model)
+
+
+def read_data(
+    run: Run, tokenizer: PreTrainedTokenizerFast, progress: Progress | None = None
+) -> tuple[Run, PreparedData]:
+    """Return the run's rows, and the run with the labels that were found in them.
+
+    Raises:
+        DataError: see `prepare` and `prepare_labelled`.
+    """
+    objective = run.objective
+    if not isinstance(objective, Classification | TokenClassification):
+        data = prepare(
+            run.data,
+            tokenizer,
+            seed=run.seed,
+            cache=cache_dir() / "tokens",
+            encoder_decoder=is_encoder_decoder(run.model),
+            progress=progress,
+        )
+        return run, data
+    kind: Kind = objective.kind if isinstance(objective, Classification) else "tokens"
+    labelled = prepare_labelled(run.data, tokenizer, kind, labels=objective.labels, seed=run.seed)
+    if objective.labels is None and labelled.classes:
+        objective = objective.model_copy(update={"labels": list(labelled.classes)})
+        run = run.model_copy(update={"objective": objective})
+    return run, labelled
+
+
+def head_of_run(run: Run) -> Head | None:
+    """Return the head that the run's model is loaded with; None for a language model.
+
+    Raises:
+        SpecError: the labels are not known, as in a run file that was never run.
+    """
+    objective = run.objective
+    if not isinstance(objective, Classification | TokenClassification):
+        return None
+    labels: tuple[str, ...] = tuple(objective.labels or ())
+    if isinstance(objective, Classification) and objective.kind == "regression":
+        labels = NUMBER
+    if not labels:
+        raise SpecError("objective.labels: the classes are not known; name them")
+    return Head(objective.head, labels, objective.problem, run.seed)
+
+
+def head_learning_rate(run: Run) -> float | None:
+    """Return the peak learning rate that the run gives its new head, if it gives one."""
+    if not isinstance(run.objective, Classification | TokenClassification):
+        return None
+    return run.objective.head_learning_rate
+
+
+def require_padding(run: Run, model: PreTrainedModel) -> None:
+    """Check that the run does not ask for segments side by side where a head reads rows.
+
+    Raises:
+        SpecError: it does.
+    """
+    if run.engine.padding == "free":
+        raise SpecError(
+            f"engine.padding: free: the head of {type(model).__name__} reads rows of a batch; use "
+            "auto or right"
+        )
+
+
+def labelled_collator(
+    run: Run,
+    model: PreTrainedModel,
+    data: PreparedData,
+    *,
+    pad_token_id: int,
+    padding: Literal["free", "right"],
+) -> LabelledCollator:
+    """Return what makes batches of the run's labelled rows."""
+    return LabelledCollator(
+        pad_token_id,
+        padding,
+        positions=reads_last_token(model),
+        class_weights=class_weights(run, data),
+    )
+
+
+def class_weights(run: Run, data: PreparedData) -> Tensor | None:
+    """Return the weight of each class, (classes,) float32, or None where all count alike.
+
+    Raises:
+        SpecError: a class is named that there is not, or one without rows is to be balanced.
+    """
+    objective = run.objective
+    if not isinstance(objective, Classification) or objective.class_weights == "none":
+        return None
+    labels = objective.labels or []
+    if isinstance(objective.class_weights, dict):
+        unknown = set(objective.class_weights) - set(labels)
+        if unknown:
+            raise SpecError(
+                f"objective.class_weights: '{min(unknown)}' is no label; there are "
+                f"{', '.join(labels)}"
+            )
+        return torch.tensor([objective.class_weights.get(label, 1.0) for label in labels])
+    assert isinstance(data, LabelledData)  # noqa: S101 - read_data makes these for this objective
+    for label, count in zip(labels, data.counts, strict=True):
+        if count == 0:
+            raise SpecError(
+                f"objective.class_weights: balanced needs training rows of every label, and "
+                f"'{label}' has none"
+            )
+    rows = sum(data.counts)
+    return torch.tensor([rows / (len(labels) * count) for count in data.counts])
+
+
+def check_lengths(run: Run, model: PreTrainedModel, data: PreparedData) -> None:
+    """Check that the model has a position for every token.
+
+    Raises:
+        SpecError: rows are longer than the model takes.
+    """
+    config = model.config.get_text_config().to_dict()
+    positions = config.get("max_position_embeddings")
+    rotary = config.get("rope_parameters") or config.get("rope_theta")
+    longest = int(data.train.corpus.lengths.max()) if isinstance(data, LabelledData) else 0  # type: ignore[union-attr]
+    if positions is not None and not rotary and longest > positions:
+        raise SpecError(
+            f"data.max_length: a row has {longest} tokens after cutting to {run.data.max_length}, "
+            f"and {run.model.name} has positions for {positions}; use at most {positions}"
+        )

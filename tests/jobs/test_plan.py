@@ -1,0 +1,143 @@
+"""Plans: counts are those of the real attached model, sharing divides, remedies help."""
+
+from pathlib import Path
+
+import pytest
+
+from families import FAMILIES
+from tunesmith import Classification, DataSettings, ModelSettings, Run, Source, TrainSettings
+from tunesmith.engine.settings import EngineSettings
+from tunesmith.errors import SpecError
+from tunesmith.jobs.plan import plan, remedies
+from tunesmith.measure.memory_plan import MemoryPlan, bytes_of, counts_of, shared_out
+from tunesmith.methods import Full, LoRA, PrefixTuning
+from tunesmith.methods.contract import Method
+from tunesmith.objectives import SFT
+
+GIB = 2**30
+
+
+def run_of(model: Path, method: Method, **engine: object) -> Run:
+    return Run(
+        model=ModelSettings(name=str(model), dtype="float32"),
+        method=method,
+        data=DataSettings(train=[Source(path="nowhere.jsonl")], max_length=64),
+        train=TrainSettings(batch_size=8),
+        engine=EngineSettings(**engine),
+    )
+
+
+def test_the_parts_of_a_plan_are_what_training_holds(tiny_model: Path) -> None:
+    planned = plan(run_of(tiny_model, LoRA()), device="cuda")
+    trainable = planned.counts.trainable
+    assert planned.alone.trained == 4 * trainable
+    assert planned.alone.gradients == 4 * trainable
+    assert planned.alone.optimizer == 8 * trainable
+    assert planned.alone.frozen == pytest.approx(4 * planned.counts.base, rel=0.1)
+    assert planned.alone.activations > 0
+    assert planned.alone.process == 0
+
+
+def test_on_the_cpu_the_process_itself_counts(tiny_model: Path) -> None:
+    planned = plan(run_of(tiny_model, LoRA()), device="cpu")
+    assert planned.alone.process > 100 * 2**20
+    assert planned.alone.peak > planned.alone.process
+
+
+def test_checkpointing_and_shorter_rows_need_less(tiny_model: Path) -> None:
+    run = run_of(tiny_model, LoRA())
+    plain = plan(run, device="cuda")
+    recomputed = plan(run_of(tiny_model, LoRA(), checkpointing="full"), device="cuda")
+    shorter = plan(run, device="cuda", length=32)
+    assert recomputed.alone.activations < plain.alone.activations
+    assert shorter.alone.activations < 0.6 * plain.alone.activations
+
+
+def test_remedies_are_enough_and_none_is_given_where_it_fits(tiny_model: Path) -> None:
+    planned = plan(run_of(tiny_model, LoRA()), device="cuda")
+    assert remedies(planned, planned.alone.peak) == []
+    limit = int(0.6 * planned.alone.peak)
+    found = remedies(planned, limit)
+    assert found[-1].peak <= limit
+    assert all(r.peak > limit for r in found[:-1])
+    assert remedies(planned, 1000) == []
+
+
+MEMORY = MemoryPlan(
+    frozen=8 * GIB,
+    trained=GIB,
+    gradients=GIB,
+    optimizer=2 * GIB,
+    activations=4 * GIB,
+    transient=GIB,
+)
+
+
+def test_sharing_divides_what_each_stage_of_zero_shares() -> None:
+    assert shared_out(MEMORY, 4, "ddp", block=0) == MEMORY
+    one, two, three = (
+        shared_out(MEMORY, 4, stage, block=GIB // 4) for stage in ("zero1", "zero2", "zero3")
+    )
+    assert one.optimizer == two.optimizer == three.optimizer == GIB // 2
+    assert (one.gradients, two.gradients, three.gradients) == (GIB, GIB // 4, GIB // 4)
+    assert (one.frozen, two.frozen, three.frozen) == (8 * GIB, 8 * GIB, 2 * GIB)
+    assert three.transient == GIB + GIB // 2  # two blocks are gathered
+    assert shared_out(MEMORY, 4, "zero3+offload", block=0).optimizer == 0
+    assert shared_out(MEMORY, 1, "zero3", block=GIB) == MEMORY
+
+
+def test_the_peak_is_in_backward_or_in_the_optimisers_step() -> None:
+    assert MEMORY.peak == (8 + 1 + 2 + 4 + 1) * GIB
+    large = MemoryPlan(
+        frozen=0,
+        trained=8 * GIB,
+        gradients=8 * GIB,
+        optimizer=16 * GIB,
+        activations=GIB,
+        transient=0,
+    )
+    assert large.peak == 32 * GIB
+
+
+def test_full_tuning_trains_every_parameter(tiny_model: Path) -> None:
+    planned = plan(run_of(tiny_model, Full()), device="cuda")
+    assert planned.counts.trainable == planned.counts.base
+
+
+def test_sizes_and_numbers_are_read() -> None:
+    assert bytes_of("24GiB") == 24 * GIB
+    assert bytes_of("500 MB") == 500_000_000
+    assert counts_of("1,2,8") == [1, 2, 8]
+    with pytest.raises(SpecError, match="is no size"):
+        bytes_of("1.2.3GiB")
+    with pytest.raises(SpecError, match="is no size"):
+        bytes_of("much")
+    with pytest.raises(SpecError, match="no list of numbers"):
+        counts_of("0")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_step_of_every_architecture_can_be_simulated(
+    family: str, checkpointing: str, tmp_path: Path
+) -> None:
+    architecture = FAMILIES[family]
+    architecture.make().config.save_pretrained(tmp_path)
+    encoder = architecture.kind == "encoder"
+    run = run_of(tmp_path, LoRA(), checkpointing=checkpointing).model_copy(
+        update={"objective": Classification(labels=["a", "b"]) if encoder else SFT()}
+    )
+    planned = plan(run, device="cuda")
+    assert planned.alone.frozen + planned.alone.trained > 4 * planned.counts.base
+    assert planned.alone.activations > 0
+
+
+def test_a_mixture_of_experts_in_float32_is_planned(tmp_path: Path) -> None:
+    FAMILIES["mixtral"].make().config.save_pretrained(tmp_path)
+    for method in (Full(), PrefixTuning(length=4)):
+        assert plan(run_of(tmp_path, method), device="cuda").alone.peak > 0
+
+
+def test_a_device_that_nothing_is_planned_for_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(SpecError, match="use cuda or cpu"):
+        plan(run_of(tiny_model, LoRA()), device="tpu")

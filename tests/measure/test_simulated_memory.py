@@ -1,0 +1,103 @@
+"""The simulated step against bytes counted by hand, and against what a real step keeps."""
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tunesmith.measure.simulated_memory import ROUNDING, StepMemory, simulate_step
+from tunesmith.methods import Full, LoRA
+from tunesmith.methods.tuned import attach
+from tunesmith.objectives import SFT
+
+ROWS, WIDTH = 256, 1024
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_a_linear_map_keeps_its_input_and_makes_its_gradient() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def inputs() -> dict[str, Tensor]:
+        return {"x": torch.empty(ROWS, WIDTH)}
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"]).sum()
+
+    step = simulate_step(model, inputs, loss)
+    weight, rows = 4 * WIDTH * WIDTH, 4 * ROWS * WIDTH
+    assert step.parameters == weight
+    assert step.activations == rows + ROUNDING  # the input, and the loss
+    assert step.gradients == weight
+    # The output's gradient is one number that expands; new are the weight's and the loss's.
+    assert step.peak == weight + rows + weight + 2 * ROUNDING
+
+
+def simulated(method: Full | LoRA, *, checkpointing: bool = False) -> StepMemory:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    attach(model, method)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return simulate_step(model, batch, lambda inputs: SFT().loss(model, inputs).total)
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.zeros(4, 64, dtype=torch.int64)
+    positions = torch.arange(64)[None].expand(4, -1)
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+def kept_in_truth(method: Full | LoRA) -> int:
+    """Bytes of the different storages that a real forward saves for backward, weights left out."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    attach(model, method)
+    model.train()
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        terms = SFT().loss(model, batch())
+    assert terms.total.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_a_models_activations_are_what_a_real_forward_saves() -> None:
+    for method in (LoRA(), Full(keep_base=False)):
+        truth = kept_in_truth(method)
+        found = simulated(method).activations
+        # Besides what is saved, the batch, the last hidden states and the targets are there.
+        assert truth <= found <= 1.1 * truth
+
+
+def test_checkpointing_keeps_the_inputs_of_the_blocks() -> None:
+    plain, recomputed = simulated(LoRA()), simulated(LoRA(), checkpointing=True)
+    blocks = 3 * 4 * 64 * 128 * 4
+    assert recomputed.parameters == plain.parameters
+    assert blocks <= recomputed.activations <= 3 * blocks
+    assert recomputed.peak < plain.peak
+
+
+def test_twice_the_rows_keep_twice_as_much() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    attach(model, LoRA())
+
+    def double() -> dict[str, Tensor]:
+        return {name: torch.cat([tensor, tensor]) for name, tensor in batch().items()}
+
+    step = simulate_step(model, double, lambda inputs: SFT().loss(model, inputs).total)
+    assert 1.98 < step.activations / simulated(LoRA()).activations < 2.02

@@ -1,0 +1,85 @@
+"""The pages: generated ones are current, links lead somewhere, commands and YAML are understood."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from tunesmith.cli import app
+from tunesmith.jobs.comparison_spec import checked, load_comparison
+from tunesmith.spec import load_run_file
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def commands(text: str) -> list[str]:
+    """What is written to be typed: indented lines, and comments of run files."""
+    lines = re.sub(r"\\\n#? *", "", text).splitlines()
+    typed = (re.match(r"(?: {4}|# {3})(tunesmith .+)", line) for line in lines)
+    return [found[1] for found in typed if found]
+
+
+COMMANDS = [
+    (path.name, command)
+    for path in [*PAGES, *EXAMPLES, *sorted((ROOT / "examples" / "methods").glob("*.yaml"))]
+    for command in commands(path.read_text(encoding="utf-8"))
+]
+
+
+def test_generated_pages_are_current() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]()
+    for name, text in pages.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, (
+            f"docs/{name} is not current: run python docs/generate.py"
+        )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for path in re.findall(r"\b(?:docs|examples|bench|tests|src)/[\w./-]*\w", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) > 30
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_commands_are_ones(page: str, command: str) -> None:
+    words = shlex.split(command, comments=True)[1:]
+    words = words[: words.index(">")] if ">" in words else words
+    found = typer.main.get_command(app)
+    context = found.make_context("tunesmith", list(words), resilient_parsing=False)
+    while hasattr(found, "commands"):
+        name, found, rest = found.resolve_command(
+            context, [*context._protected_args, *context.args]
+        )
+        context = found.make_context(name, rest, parent=context)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_is_a_run_or_a_comparison(path: Path) -> None:
+    if "run" not in yaml.safe_load(path.read_text(encoding="utf-8")):
+        assert load_run_file(path).name == path.stem
+        return
+    comparison = load_comparison(path)
+    assert [comparison.run_of(row, path).name for row in comparison.rows()]
+
+
+def test_the_comparison_in_choosing_is_one() -> None:
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    comparison = checked(yaml.safe_load(block), source="choosing.md")
+    source = ROOT / "examples" / "here.yaml"
+    titles = [comparison.run_of(variant, source).name for variant in comparison.rows()]
+    assert titles == ["lora", "ia3", "full", "dora", "lora-wide"]
