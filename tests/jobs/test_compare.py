@@ -104,11 +104,10 @@ def test_a_budget_that_is_too_small_says_what_would_be_needed(comparison_file: P
         compare(comparison, comparison_file, lambda line: None)
 
 
-def test_a_budget_becomes_steps(comparison_file: Path) -> None:
+def test_a_budget_is_a_length_of_time(comparison_file: Path) -> None:
     comparison = load_comparison(
         comparison_file, ["budget=3min", "methods=[lora]", "seeds=1", "learning_rates=1"]
     )
-    # A tiny model would take thousands of steps in that time.
     with pytest.raises(SpecError, match="never"):
         load_comparison(comparison_file, ["budget=never"])
     assert comparison.budget == 180
