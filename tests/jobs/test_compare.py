@@ -23,7 +23,7 @@ def _nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_every_row_of_the_examples_is_a_run(path: Path) -> None:
     comparison = load_comparison(path)
     rows = comparison.rows()
-    assert len(rows) >= 14
+    assert len(rows) >= 18
     for variant in rows:
         assert comparison.run_of(variant, path).name == variant.title
 
