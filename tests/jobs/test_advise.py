@@ -137,3 +137,9 @@ def test_among_rows_that_cannot_be_told_apart_the_rules_choose(tmp_path: Path) -
     model, data = model_of(tmp_path, "135M"), rows_of(tmp_path, 3000)
     assert [a.method for a in advise(model, data, memory=24 * GIB)][:2] == ["full", "ia3"]
     assert advise(model, data, memory=24 * GIB, goal="memory")[0].method == "ia3"
+
+
+def test_the_evidence_that_comes_along_is_what_was_recorded() -> None:
+    root = Path(__file__).resolve().parents[2]
+    for path in (root / "src" / "tunesmith" / "jobs" / "measured").glob("*.json"):
+        assert path.read_text() == (root / "bench" / "results" / path.name).read_text()

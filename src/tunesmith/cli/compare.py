@@ -26,7 +26,7 @@ def compare(  # noqa: PLR0917 - typer reads options from the signature
     """Compare ways to fine-tune on the same data: quality, cost, memory, forgetting."""
     from rich.console import Console
 
-    from tunesmith.cli.tables import comparison_table
+    from tunesmith.cli.comparison_table import comparison_table
     from tunesmith.jobs.compare import compare as run_comparison
     from tunesmith.jobs.comparison_spec import comparison_from
     from tunesmith.report.recommendation import recommendation

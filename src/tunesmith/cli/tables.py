@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
-
-from tunesmith.report.comparison import cells, columns
 
 if TYPE_CHECKING:
     from tunesmith.models.zoo import ZooStatus
-    from tunesmith.report.findings import Findings
     from tunesmith.types import Proof
 
 
@@ -41,28 +37,6 @@ def zoo_table(entries: Sequence[ZooStatus]) -> Table:
         size = megabytes(entry.bytes_on_disk if entry.cached else entry.bytes_to_download)
         table.add_row(entry.name, entry.kind, "yes" if entry.cached else "no", size, entry.about)
     return table
-
-
-def comparison_table(findings: Findings) -> Table:
-    """Return the rows of a comparison, best first."""
-    table = Table(
-        title=f"{findings.name}, by {findings.metric}",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    names = columns(findings)
-    shown = [index for index, name in enumerate(names) if name not in _IN_REPORT_ONLY]
-    for index in shown:
-        table.add_column(names[index], no_wrap=index > 0, justify="right" if index else "left")
-    for row in findings.rows:
-        line = [row.name, "failed"] if row.failed else [row.name, *cells(findings, row)]
-        table.add_row(*(line[index] for index in shown if index < len(line)))
-    return table
-
-
-_IN_REPORT_ONLY = {"trains", "share", "tokens/s", "inference", "learning rate", "p"}
-"""Columns for which a terminal has no room."""
 
 
 def megabytes(size: int) -> str:
