@@ -147,14 +147,9 @@ class _Stage:
 
 
 def _prepared(comparison: Comparison, variant: Variant, source: Path) -> Run:
-    """Return a row's run with everything measured that a comparison shows."""
+    """Return a row's run, in the comparison's directory."""
     run = comparison.run_of(variant, source)
-    return run.model_copy(
-        update={
-            "output": str(comparison.directory / variant.title),
-            "evaluation": run.evaluation.model_copy(update={"inference": True}),
-        }
-    )
+    return run.model_copy(update={"output": str(comparison.directory / variant.title)})
 
 
 def _metric(run: Run) -> str:
@@ -277,7 +272,8 @@ def _train_seed(stage: _Stage, contests: Sequence[_Contest], number: int) -> Non
     """Train every row with its rate and one seed, judged by rows no rate was chosen on."""
     rows = "odd" if stage.comparison.learning_rates > 1 else "all"
     running = [contest for contest in contests if contest.failed is None]
-    trials = [_seed_trial(contest, number, rows) for contest in running]
+    timed = number == 0 and stage.comparison.jobs == 1  # else nothing says who is beside it
+    trials = [_seed_trial(contest, number, rows, timed=timed) for contest in running]
     finished = stage.run(f"training, seed {number + 1} of {stage.comparison.seeds},", trials)
     for contest, trial in zip(running, trials, strict=True):
         if trial in finished:
@@ -286,10 +282,11 @@ def _train_seed(stage: _Stage, contests: Sequence[_Contest], number: int) -> Non
             contest.failed = trial.why_failed()
 
 
-def _seed_trial(contest: _Contest, number: int, rows: str) -> Trial:
+def _seed_trial(contest: _Contest, number: int, rows: str, *, timed: bool) -> Trial:
     seed = contest.run.seed + number
+    evaluation = {"rows": rows} | ({"inference": True} if timed else {})
     run = _changed(
-        contest.run, f"seed-{seed}", {"learning_rate": contest.rate}, {"rows": rows}
+        contest.run, f"seed-{seed}", {"learning_rate": contest.rate}, evaluation
     ).model_copy(update={"seed": seed})
     # What the first seed trained can be tried out; of the others the numbers are kept.
     return Trial(contest.variant.title, run, keep=number == 0, features=contest.variant.features)
@@ -309,6 +306,7 @@ def _measure_speed(stage: _Stage, contests: Sequence[_Contest]) -> None:
                 "limit": 4 * contest.run.evaluation.batch_size,
                 "metrics": [],
                 "samples": 0,
+                "inference": True,
             },
         )
         for contest in running

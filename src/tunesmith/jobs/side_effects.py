@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MOST_TOKENS: Final = 4096
 """Of the general text."""
-_ROUNDS: Final = 5
-_BATCHES: Final = 4
+_ROUNDS: Final = 3
+_BATCHES: Final = 2
 
 
 def general_loss_of_base(assembled: Assembled, peers: Peers) -> float | None:
