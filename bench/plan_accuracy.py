@@ -1,36 +1,41 @@
-"""How well `tunesmith plan` predicts: `python bench/plan_accuracy.py` on a GPU.
+"""How well `tunesmith plan` predicts: python bench/plan_accuracy.py --device cuda (or cpu).
 
-Builds models of real shapes with weights of no meaning, takes two optimiser steps of each run on
-the device, and puts the peak that PyTorch's allocator reports beside what the plan said from the
-config alone. Writes bench/results/plan.json and prints the table.
+Builds models of real shapes with weights of no meaning on the device, takes steps of each run, and
+puts the peak beside what the plan said from the config alone: on a GPU that of PyTorch's allocator,
+on the CPU the resident memory of a process that does nothing else. Every case is written to
+bench/results/plan.json and plan.md as soon as it is measured; cases of another device stay there.
+--plan-again leaves what was measured and puts what this version plans beside it.
 """
 
+import argparse
 import gc
 import json
+import os
 import tempfile
-from contextlib import ExitStack
-from datetime import UTC, datetime
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
-from tunesmith.data.settings import DataSettings, Source
-from tunesmith.engine.optimizer import build_optimizer
-from tunesmith.engine.recompute import recomputing
-from tunesmith.engine.settings import EngineSettings, TrainSettings
-from tunesmith.jobs.assemble import Program, attach_seeded, choose_dtypes
 from tunesmith.jobs.environment import hardware, package_versions
 from tunesmith.jobs.plan import plan
-from tunesmith.methods import IA3, Adapter, Full, LoRA, PrefixTuning
-from tunesmith.models.attention import enable_segments
-from tunesmith.models.quantize import quantise
-from tunesmith.models.settings import ModelSettings
-from tunesmith.spec import Run
+from tunesmith.jobs.probe import ready
+from tunesmith.spec import Run, validate
 
 RESULTS = Path(__file__).parent / "results"
+PLANNERS = 6
+"""Processes that plan while the GPU measures."""
 SHAPES: dict[str, dict[str, Any]] = {
+    "5M": {
+        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
     "135M": {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -46,121 +51,225 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     },
 }  # fmt: skip
-CASES: list[tuple[str, Any, dict[str, Any]]] = [
-    ("135M", LoRA(), {"batch": 16, "length": 256}),
-    ("1B", LoRA(), {"batch": 4, "length": 1024}),
-    ("1B", LoRA(), {"batch": 4, "length": 1024, "checkpointing": "full"}),
-    ("1B", LoRA(), {"batch": 4, "length": 1024, "quantize": "nf4"}),
-    ("1B", LoRA(), {"batch": 4, "length": 1024, "quantize": "int8"}),
-    ("1B", Full(keep_base=False), {"batch": 4, "length": 1024}),
-    ("1B", Full(keep_base=False), {"batch": 4, "length": 1024, "checkpointing": "full"}),
-    ("1B", IA3(), {"batch": 4, "length": 1024}),
-    ("1B", Adapter(), {"batch": 4, "length": 1024}),
-    ("1B", PrefixTuning(init="random"), {"batch": 4, "length": 1024}),
-    ("8B", LoRA(), {"batch": 2, "length": 1024}),
-    ("8B", LoRA(), {"batch": 4, "length": 2048, "checkpointing": "full"}),
-    ("8B", LoRA(), {"batch": 4, "length": 2048, "checkpointing": "full", "quantize": "nf4"}),
-]
+"""A small one; those of SmolLM2 135M, Llama 3.2 1B and Llama 3.1 8B."""
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora"},
+    "full": {"name": "full", "keep_base": False},
+    "ia3": {"name": "ia3"},
+    "adapter": {"name": "adapter"},
+    "prefix_tuning": {"name": "prefix_tuning", "init": "random"},
+}
 
 
-def run_of(folder: Path, method: Any, case: dict[str, Any]) -> Run:
-    return Run(
-        model=ModelSettings(name=str(folder), quantize=case.get("quantize", "none")),
-        method=method,
-        data=DataSettings(train=[Source(path="-")], max_length=case["length"]),
-        train=TrainSettings(batch_size=case["batch"]),
-        engine=EngineSettings(checkpointing=case.get("checkpointing", "none")),
-    )
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    shape: str
+    method: str
+    rows: int
+    length: int
+    checkpointing: str = "none"
+    quantize: str = "none"
+    optimizer: str = "adamw"
+    speed: str = "safe"
 
 
-def measured(run: Run, config: LlamaConfig) -> int:
-    """Return the peak bytes of two steps on the GPU."""
-    device = torch.device("cuda")
-    dtypes = choose_dtypes(run, device)
-    # Quantising goes by way of the CPU, so that the plain weights are not counted.
-    first = "cpu" if run.model.quantize != "none" else "cuda"
-    with torch.device(first):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtypes.weights)
-    if run.model.quantize != "none":
-        quantise(model, run.model, device=device)
-    gc.collect()
-    torch.cuda.empty_cache()
-    enable_segments(model)
-    tuned = attach_seeded(model, run)
-    model.train()
-    torch.cuda.reset_peak_memory_stats()
-    optimizer = build_optimizer(tuned.trainable(), run.train, learning_rate=1e-6)
-    program = Program(model, run.objective)
-    autocast = dtypes.autocast(mixed=any(p.attachment.trains_base for p in tuned.parts))
-    with ExitStack() as stack:
-        stack.enter_context(recomputing(model, run.engine))
-        for _ in range(2):
-            with torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
-                total = program(batch(run, device)).total
-            total.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated()
+CASES = {
+    "cuda": [
+        Case("1B", "lora", 4, 1024),
+        Case("1B", "lora", 4, 1024, "full"),
+        Case("1B", "lora", 4, 1024, quantize="nf4"),
+        Case("1B", "lora", 4, 1024, quantize="int8"),
+        Case("1B", "lora", 4, 1024, "full", quantize="int8"),
+        Case("1B", "full", 4, 1024),
+        Case("1B", "full", 4, 1024, "full"),
+        Case("1B", "full", 4, 1024, "full", optimizer="adamw_8bit"),
+        Case("8B", "lora", 2, 1024),
+        Case("8B", "lora", 4, 2048, "full"),
+        Case("8B", "lora", 4, 2048, "full", quantize="nf4"),
+        Case("8B", "lora", 2, 1024, quantize="nf4"),
+        Case("8B", "full", 1, 1024, "full", optimizer="adamw_8bit"),
+        Case("8B", "full", 1, 1024, "full"),
+        Case("135M", "lora", 16, 256),
+        Case("1B", "lora", 4, 1024, "selective"),
+        Case("1B", "lora", 4, 1024, "offload"),
+        Case("1B", "lora", 4, 1024, quantize="fp8"),
+        Case("1B", "ia3", 4, 1024),
+        Case("1B", "adapter", 4, 1024),
+        Case("1B", "prefix_tuning", 4, 1024),
+        Case("1B", "lora", 4, 1024, speed="compiled"),
+    ],
+    "cpu": [
+        Case("5M", "lora", 4, 128),
+        Case("135M", "lora", 4, 256),
+        Case("135M", "full", 2, 256),
+        Case("135M", "lora", 4, 256, "full"),
+        Case("135M", "lora", 4, 256, quantize="nf4"),
+        Case("135M", "full", 4, 256, "full"),
+        Case("5M", "full", 8, 256),
+        Case("135M", "lora", 4, 256, "full", quantize="nf4"),
+    ],
+}
 
 
-def batch(run: Run, device: torch.device) -> dict[str, Any]:
-    """Return full rows as segments side by side, as training lays them out."""
-    rows, length = run.train.batch_size, run.data.max_length
-    ids = torch.randint(1000, (1, rows * length), device=device)
-    bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
-    return {
-        "input_ids": ids,
-        "labels": ids,
-        "position_ids": torch.arange(length, device=device).repeat(rows)[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": length,
-        "max_length_k": length,
-    }
+def run_of(case: Case, folder: Path, device: str) -> Run:
+    """Return the run of a case; `folder` holds the config of its shape."""
+    return validate(
+        {
+            "model": {"name": str(folder / case.shape), "quantize": case.quantize},
+            "method": METHODS[case.method],
+            "data": {"train": [{"path": "-"}], "max_length": case.length},
+            "train": {"batch_size": case.rows, "optimizer": case.optimizer},
+            "engine": {
+                "checkpointing": case.checkpointing, "device": device, "speed": case.speed,
+            },
+        },
+        source="bench",
+        lines={},
+    )  # fmt: skip
+
+
+def predicted(case: Case, folder: Path, device: str) -> int:
+    return plan(run_of(case, folder, device), device=device).alone.peak
+
+
+def measured(case: Case, folder: Path, device: str) -> int:
+    """Return the peak bytes of a step, after one that sets everything up."""
+    run = run_of(case, folder, device)
+    with ready(run, torch.device(device), real_weights=False) as stage:
+        stage.step(case.rows, case.length)
+        return stage.measured(case.rows, case.length)[1]
+
+
+def without_gpu() -> None:
+    """Keep a process that plans off the GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+
+
+def measure_cuda(cases: Sequence[Case], folder: Path, book: "Book") -> None:
+    """Measure one case after the other in this process, while others plan."""
+    with ProcessPoolExecutor(PLANNERS, get_context("spawn"), without_gpu) as planners:
+        plans = [planners.submit(predicted, case, folder, "cuda") for case in cases]
+        for case, planned in zip(cases, plans, strict=True):
+            started, peak, why = time.perf_counter(), None, None
+            try:
+                peak = measured(case, folder, "cuda")
+            except Exception as error:  # noqa: BLE001 - a row that says why; the others go on
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+            # After the except clause, which held the frames and with them the model.
+            gc.collect()
+            torch.cuda.empty_cache()
+            book.add(case, planned.result(), peak, why=why, since=started)
+
+
+def measure_cpu(cases: Sequence[Case], folder: Path, book: "Book") -> None:
+    """Plan and measure each case in processes of their own, whose memory is theirs alone."""
+    for case in cases:
+        started = time.perf_counter()
+        values = []
+        for function in (predicted, measured):
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                values.append(process.submit(function, case, folder, "cpu").result())
+        book.add(case, *values, why=None, since=started)
+
+
+def plan_again(folder: Path, device: str) -> None:
+    """Replace the predictions of what was measured on `device`, wherever this runs."""
+    book = Book(device, keep=True)
+    cases = [Case(**{key: row[key] for key in asdict(CASES["cpu"][0])}) for row in book.rows]
+    with ProcessPoolExecutor(2, get_context("spawn"), without_gpu) as planners:
+        plans = [planners.submit(predicted, case, folder, device) for case in cases]
+        for row, planned in zip(book.rows, plans, strict=True):
+            row["predicted_bytes"] = planned.result()
+            if row["measured_bytes"]:
+                row["ratio"] = round(row["predicted_bytes"] / row["measured_bytes"], 3)
+            print(row, flush=True)
+    book.write()
+
+
+class Book:
+    """The results of all devices on disk."""
+
+    def __init__(self, device: str, *, keep: bool = False) -> None:
+        self.path = RESULTS / "plan.json"
+        self.device = device
+        self.all: dict[str, Any] = {}
+        if self.path.exists():
+            self.all = json.loads(self.path.read_text(encoding="utf-8"))
+        self.rows: list[dict[str, Any]] = []
+        if keep:
+            self.rows = self.all[device]["rows"]
+            return
+        self.all[device] = {
+            "hardware": hardware(),
+            "versions": package_versions(),
+            "rows": self.rows,
+        }
+
+    def add(
+        self, case: Case, planned: int, peak: int | None, *, why: str | None, since: float
+    ) -> None:
+        """Write a case down: bytes, or why there are none."""
+        row = asdict(case) | {"predicted_bytes": planned, "measured_bytes": peak}
+        row |= {"ratio": round(planned / peak, 3)} if peak else {"not_measured": why}
+        self.rows.append(row)
+        self.write()
+        print(f"{time.perf_counter() - since:6.1f} s  {row}", flush=True)
+
+    def write(self) -> None:
+        """Write plan.json and plan.md."""
+        self.path.write_text(json.dumps(self.all, indent=1) + "\n", encoding="utf-8")
+        (RESULTS / "plan.md").write_text(table(self.all), encoding="utf-8")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return what was predicted beside what was measured, as Markdown."""
+    lines = ["# Predicted and measured peak memory", ""]
+    lines += ["Written by `python bench/plan_accuracy.py`.", ""]
+    for device, result in results.items():
+        versions = ", ".join(f"{k} {v}" for k, v in sorted(result["versions"].items()))
+        lines += [f"## {device}", "", f"{_named(result['hardware'])}; {versions}.", ""]
+        lines += [
+            "| shape | method | rows x tokens | checkpointing | base | optimiser | blocks "
+            "| predicted | measured | ratio |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_line(row) for row in result["rows"]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _named(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in facts.items())
+
+
+def _line(row: dict[str, Any]) -> str:
+    sizes = [f"{row['predicted_bytes'] / 2**30:.2f} GiB", f"not run: {row.get('not_measured')}", ""]
+    if row["measured_bytes"]:
+        sizes[1:] = [f"{row['measured_bytes'] / 2**30:.2f} GiB", f"{row['ratio']:.3f}"]
+    settings = (row[key] for key in ("checkpointing", "quantize", "optimizer", "speed"))
+    head = [row["shape"], row["method"], f"{row['rows']} x {row['length']}", *settings]
+    return "| " + " | ".join([*head, *sizes]) + " |"
 
 
 def main() -> None:
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for shape, method, case in CASES:
-            config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192)
-            folder = Path(temporary) / shape
-            config.save_pretrained(folder)
-            run = run_of(folder, method, case)
-            planned = plan(run, device="cuda")
-            try:
-                peak = measured(run, config)
-            except torch.OutOfMemoryError as error:
-                print(f"{shape} {method.name} {case}: {error}")
-                continue
-            finally:
-                gc.collect()
-                torch.cuda.empty_cache()
-            row = {
-                "model": shape,
-                "method": method.name,
-                **case,
-                "predicted_bytes": planned.alone.peak,
-                "measured_bytes": peak,
-                "ratio": planned.alone.peak / peak,
-            }
-            rows.append(row)
-            print(
-                f"{shape:>5} {method.name:<14} {case}: predicted "
-                f"{planned.alone.peak / 2**30:.2f} GiB, measured {peak / 2**30:.2f} GiB, "
-                f"ratio {row['ratio']:.3f}",
-                flush=True,
-            )
-    written = {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": package_versions(),
-        "hardware": hardware(),
-        "rows": rows,
-    }
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=CASES, default="cuda")
+    parser.add_argument("--first", type=int, help="only so many cases")
+    parser.add_argument("--plan-again", action="store_true", help="only the predictions")
+    options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "plan.json"
-    path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, shape in SHAPES.items():
+            LlamaConfig(**shape, max_position_embeddings=8192).save_pretrained(folder / name)
+        if options.plan_again:
+            plan_again(folder, options.device)
+            return
+        measure = measure_cuda if options.device == "cuda" else measure_cpu
+        measure(CASES[options.device][: options.first], folder, Book(options.device))
 
 
 if __name__ == "__main__":

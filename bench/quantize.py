@@ -7,7 +7,9 @@ text that it does not train on (this repository's documentation), takes LoRA ste
 rows of 256 tokens, and measures the loss on the same text again. `resident_bytes` is what the
 process holds after that first loss more than before loading (not before it: an unquantised model on
 a CPU is a window on its file until it is used), `peak_bytes` the most it held at any time (on CUDA:
-what was allocated on the device). Seconds a step are the median after the first two. Writes
+what was allocated on the device). Seconds a step are the median after the first two. Nothing
+is compiled here (bench/quantize_products.py times compiled products), and on a CPU float8 products
+are worked out plainly, which says what they cost in loss and nothing about speed. Writes
 bench/results/quantize.json.
 """
 
@@ -20,7 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-KINDS = ("none", "int8", "nf4")
+KINDS = {
+    "none": {"quantize": "none"},
+    "fp8": {"quantize": "fp8"},
+    "int8": {"quantize": "int8"},
+    "nf4": {"quantize": "nf4"},
+    "nf4-float8": {"quantize": "nf4", "products": "float8"},
+}
 BATCH, LENGTH, HELD_OUT, WARMUP = 4, 256, 4, 2
 HERE = Path(__file__).resolve().parent
 
@@ -81,7 +89,9 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     from tunesmith.models.settings import ModelSettings
 
     device = torch.device(arguments.device)
-    settings = ModelSettings(name=arguments.model, dtype="bfloat16", quantize=arguments.kind)
+    settings = ModelSettings.model_validate(
+        {"name": arguments.model, "dtype": "bfloat16"} | KINDS[arguments.kind]
+    )
     require_quantiser(settings, device)  # its libraries' memory is not the weights'
     before = psutil.Process().memory_info().rss
     model, tokenizer = load_model(settings, device=device)

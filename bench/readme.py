@@ -5,29 +5,51 @@ Every number comes out of a file in bench/results that another program here wrot
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tunesmith.jobs.evidence import findings_from
+from tunesmith.report import words
+from tunesmith.report.findings import Findings, FoundRow
 
+COMPARISONS = ("compare-sentiment", "compare-e2e")
+"""Files of results that `tunesmith compare` wrote as comparison.json."""
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+PERFORMANCE = HERE.parent / "docs" / "performance.md"
 
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    for name, content in (("demo", demo()), ("measured", measured())):
+    for name, content in (("demo", demo()), ("methods", methods()), ("measured", measured())):
         text = filled(text, name, content)
     README.write_text(text, encoding="utf-8")
+    page = PERFORMANCE.read_text(encoding="utf-8")
+    PERFORMANCE.write_text(filled(page, "gpu", measured_on_gpus()), encoding="utf-8")
 
 
 def filled(text: str, name: str, content: str) -> str:
     """Return `text` with `content` between the markers called `name`."""
     pattern = rf"<!-- {name} -->\n(.*?)<!-- end {name} -->\n"
     if not re.search(pattern, text, re.DOTALL):
-        raise SystemExit(f"README.md has no markers <!-- {name} --> and <!-- end {name} -->")
+        raise SystemExit(f"the page has no markers <!-- {name} --> and <!-- end {name} -->")
     block = f"<!-- {name} -->\n{content}\n<!-- end {name} -->\n"
     return re.sub(pattern, lambda _: block, text, flags=re.DOTALL)
+
+
+def measured_on_gpus() -> str:
+    """Return the tables that gpu_sft.py wrote, and the pictures that roofline.py drew."""
+    lines = []
+    for path in sorted((HERE / "results").glob("*.md")):
+        heading, _, rest = path.read_text(encoding="utf-8").partition("\n")
+        if not heading.startswith("# Supervised fine-tuning on one "):
+            continue
+        lines += [f"##{heading}", rest.rstrip(), ""]
+        picture = PERFORMANCE.with_name(f"roofline-{path.stem}.svg")
+        if picture.exists():
+            lines += [f"![rates against the ceilings of the device]({picture.name})", ""]
+    return "\n".join(lines).rstrip() or "Nothing was measured yet."
 
 
 def demo() -> str:
@@ -70,7 +92,7 @@ def measured() -> str:
             "`bench/stream_jsonl.py`",
         ),
     ]
-    rows.append(compared(result("compare-sentiment")))
+    rows += [compared(result(name)) for name in COMPARISONS if there_is(name)]
     lines = ["| what | result | written by |", "|---|---|---|"]
     lines += [f"| {what} | {found} | {program} |" for what, found, program in rows]
     where = (
@@ -80,18 +102,69 @@ def measured() -> str:
     return "\n".join([*lines, "", where])
 
 
+def methods() -> str:
+    """Return what each method came to in the comparison on a small encoder, best first."""
+    findings = findings_from(result("compare-sentiment"))
+    head = (
+        *("method", "accuracy", "95 % interval", "trains", "stored", "peak memory", "s/step"),
+        "inference",
+    )
+    table = [head, ["---"] * len(head), *(method(findings, row) for row in findings.trained)]
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    best = findings.trained[0]
+    where = (
+        f"`tunesmith compare examples/{findings.name}.yaml` on {device_of(findings)}: "
+        f"{findings.facts['model']}, {len(best.values)} seeds of {best.steps} steps; the file is "
+        f"`bench/results/{findings.name}.json`."
+    )
+    return "\n".join([*lines, "", where])
+
+
+def method(findings: Findings, row: FoundRow) -> list[str]:
+    """Return the cells of a method."""
+    return [
+        f"`{row.name}`",
+        quality(findings, row.quality),
+        " to ".join(quality(findings, end) for end in (row.low, row.high)),
+        shown(row.trainable_parameters, words.count),
+        shown(row.stored_bytes, words.size),
+        shown(row.peak_bytes, words.size),
+        shown(row.seconds_per_step, "{:.3f}".format),
+        shown(row.slowdown, "{:.2f} x".format),
+    ]
+
+
+def shown(value: float | None, show: Callable[[float], str]) -> str:
+    """Return a number in words, or a dash where it was not measured."""
+    return "-" if value is None else show(value)
+
+
+def quality(findings: Findings, value: float | None) -> str:
+    """Return a value of the comparison's metric, with an ordinary space."""
+    return words.metric(findings.metric, value).replace("\u202f", " ")
+
+
+def device_of(findings: Findings) -> str:
+    """Return what a comparison ran on, in a few words."""
+    devices = findings.facts["hardware"]["cuda_devices"]
+    return f"an {devices[0]}" if devices else machine(findings.facts)
+
+
 def compared(content: dict[str, Any]) -> tuple[str, str, str]:
     """Return a row of the table for a comparison."""
     findings = findings_from(content)
-    untuned = next(row for row in findings.rows if row.baseline)
+    untuned = next((row for row in findings.rows if row.baseline), None)
+    before = f"{quality(findings, untuned.quality)} untuned, " if untuned else ""
     best, *equal = findings.as_good_as_best()
-    device = findings.facts["hardware"]["cuda_devices"][0]
-    others = ", ".join(f"`{row.name}`" for row in equal)
+    others = ", ".join(f"`{row.name}`" for row in equal) or "none"
+    low, high = (quality(findings, end) for end in (best.low, best.high))
     return (
-        f"`examples/{findings.name}.yaml`: {len(findings.trained)} methods on "
-        f"{findings.facts['model']}, {len(best.values)} seeds of {best.steps} steps on an {device}",
-        f"{findings.metric} {untuned.quality:.1%} untuned, `{best.name}` {best.quality:.1%} "
-        f"(95 % interval {best.low:.1%} to {best.high:.1%}); not told from it: {others}",
+        f"`examples/{findings.name}.yaml`: {len(findings.trained)} rows on "
+        f"{findings.facts['model']}, {len(best.values)} seeds of {best.steps} steps on "
+        f"{device_of(findings)}",
+        f"{words.metric_name(findings.metric)} {before}`{best.name}` "
+        f"{quality(findings, best.quality)} (95 % interval {low} to {high}); not told from it: "
+        f"{others}",
         "`tunesmith compare`",
     )
 
@@ -103,6 +176,11 @@ def machine(summary: dict[str, Any]) -> str:
     return (
         f"{hardware['cores']} cores of an {hardware['processor']} with {memory:.0f} GiB and no GPU"
     )
+
+
+def there_is(name: str) -> bool:
+    """Return whether a result file lies there."""
+    return (HERE / "results" / f"{name}.json").is_file()
 
 
 def result(name: str) -> dict[str, Any]:

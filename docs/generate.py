@@ -41,7 +41,9 @@ def comparison_tables() -> str:
     variant = ["", "A variant has:", "", *_table(parts["Variant"], parts)]
     section = "`features`, of a variant and in the file of `tunesmith features`, has:"
     features = ["", section, "", *_table(parts["FeatureSettings"], parts)]
-    return "\n".join([*_table(described, parts), *variant, *features, ""])
+    prompting = ["", "`prompting`, of a variant, has:", ""]
+    prompting += _table(parts["PromptingSettings"], parts)
+    return "\n".join([*_table(described, parts), *variant, *features, *prompting, ""])
 
 
 def page() -> str:

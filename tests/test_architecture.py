@@ -14,14 +14,15 @@ MIDDLE = {"methods", "objectives", "engine", "rollout", "data", "measure", "repo
 MAY_IMPORT = {
     "ops": set(),
     "models": {"ops"},
+    "rewards": set(),
     **{room: {room, "models", "ops"} for room in MIDDLE},
     "yaml_text": set(),
-    "spec": MIDDLE | {"models", "yaml_text"},
-    "jobs": MIDDLE | {"models", "ops", "spec", "yaml_text"},
+    "spec": MIDDLE | {"models", "rewards", "yaml_text"},
+    "jobs": MIDDLE | {"models", "ops", "rewards", "spec", "yaml_text"},
 }
 # What a room of the middle may use of its neighbours besides: numbers that are computed and rows
 # that are shown, never what is trained or what is optimised.
-NEIGHBOURS = {"report": {"measure"}, "measure": {"rollout"}}
+NEIGHBOURS = {"report": {"measure"}, "measure": {"rollout"}, "objectives": {"rewards"}}
 LAZY = ("peft", "trl", "bitsandbytes", "gguf", "sacrebleu", "rouge_score", "matplotlib", "datasets")
 
 

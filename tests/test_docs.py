@@ -10,6 +10,7 @@ import typer.main
 import yaml
 
 from tunesmith.cli import app
+from tunesmith.jobs.align_spec import load_alignment
 from tunesmith.jobs.comparison_spec import checked, load_comparison
 from tunesmith.spec import load_run_file
 
@@ -68,8 +69,12 @@ def test_commands_are_ones(page: str, command: str) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_every_example_is_a_run_or_a_comparison(path: Path) -> None:
-    if "run" not in yaml.safe_load(path.read_text(encoding="utf-8")):
+def test_every_example_is_a_run_a_comparison_or_a_chain(path: Path) -> None:
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "stages" in values:
+        assert load_alignment(path).name == path.stem
+        return
+    if "run" not in values:
         assert load_run_file(path).name == path.stem
         return
     comparison = load_comparison(path)

@@ -46,7 +46,14 @@ if TYPE_CHECKING:
     from tunesmith.models.heads import Head
     from tunesmith.models.loading import load_model
     from tunesmith.models.settings import ModelSettings
-    from tunesmith.objectives import SFT, Classification, TokenClassification
+    from tunesmith.objectives import (
+        SFT,
+        Classification,
+        Distillation,
+        Preference,
+        Reward,
+        TokenClassification,
+    )
     from tunesmith.spec import Run
 
 _WHERE = {
@@ -67,6 +74,9 @@ _WHERE = {
     "VeRA": "tunesmith.methods",
     "Classification": "tunesmith.objectives",
     "Head": "tunesmith.models.heads",
+    "Distillation": "tunesmith.objectives",
+    "Preference": "tunesmith.objectives",
+    "Reward": "tunesmith.objectives",
     "SFT": "tunesmith.objectives",
     "TokenClassification": "tunesmith.objectives",
     "CheckpointSettings": "tunesmith.engine.settings",
@@ -103,6 +113,7 @@ __all__ = [
     "Compacter",
     "DataSettings",
     "DiffPruning",
+    "Distillation",
     "EngineSettings",
     "EvaluationSettings",
     "Full",
@@ -113,9 +124,11 @@ __all__ = [
     "ModelSettings",
     "PTuning",
     "PTuningV2",
+    "Preference",
     "PrefixTuning",
     "PromptTuning",
     "ReFT",
+    "Reward",
     "Run",
     "Source",
     "TokenClassification",

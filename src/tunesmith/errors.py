@@ -15,6 +15,16 @@ class DataError(TunesmithError):
     """A data file, row or format cannot be used."""
 
 
+class RewardError(DataError):
+    """A reward function cannot score a row."""
+
+    def __init__(self, row: int, why: str) -> None:
+        """Name the row, counted from 0 among those that were to be scored, and what is wrong."""
+        super().__init__(f"row {row}: {why}")
+        self.row = row
+        self.why = why
+
+
 class ModelError(TunesmithError):
     """A model, tokenizer or architecture cannot be loaded or understood."""
 

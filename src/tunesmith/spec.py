@@ -26,6 +26,7 @@ from tunesmith.errors import SpecError
 from tunesmith.methods import LoRA, MethodUnion
 from tunesmith.models.settings import ModelSettings
 from tunesmith.objectives import SFT, ObjectiveUnion
+from tunesmith.objectives.sampling import FromReplies
 from tunesmith.settings import Settings
 from tunesmith.yaml_text import Place, dotted, parse_mapping, parse_value
 
@@ -95,16 +96,26 @@ class Run(Settings):
         """
         rates = {method.default_learning_rate for method in self.methods}
         own = rates.pop() if len(rates) == 1 else None
+        evaluation = self.evaluation
+        if isinstance(self.objective, FromReplies) and evaluation.best == "loss":
+            # Without known replies there is no loss that could choose the best checkpoint.
+            evaluation = evaluation.model_copy(update={"best": "reward"})
         return self.model_copy(
             update={
                 "output": os.path.abspath(self.output),
-                "model": self.model.model_copy(update={"name": _absolute(self.model.name)}),
+                "model": self.model.model_copy(
+                    update={
+                        "name": _absolute(self.model.name),
+                        "adapter": self.model.adapter and os.path.abspath(self.model.adapter),
+                    }
+                ),
                 "data": self.data.model_copy(
                     update={
                         "train": [_resolve_source(source) for source in self.data.train],
                         "evaluation": [_resolve_source(source) for source in self.data.evaluation],
                     }
                 ),
+                "evaluation": evaluation,
                 "train": self.train.model_copy(
                     update={"learning_rate": self.train.learning_rate or own}
                 ),
@@ -260,16 +271,16 @@ def _explain(problem: Any, place: Place, values: Any) -> str:
         return f"{where}: {value!r} must be a mapping with keys among {keys}"
     if kind == "union_tag_invalid":
         allowed = [tag.strip("'\" ") for tag in problem["ctx"].get("expected_tags", "").split(",")]
-        return _unknown_name(where, value, allowed)
+        return _unknown_name(where, value, allowed, problem["ctx"]["discriminator"].strip("'"))
     if kind == "literal_error":
         return f"{where}: {value!r} is not allowed; use {problem['ctx']['expected']}"
     return f"{where}: {value!r}: {problem['msg'].lower()}"
 
 
-def _unknown_name(where: str, value: Any, allowed: list[str]) -> str:
-    given = value["name"]
+def _unknown_name(where: str, value: Any, allowed: list[str], key: str) -> str:
+    given = value[key]
     near = _nearest(str(given), allowed)
-    return f"{where}.name: {given!r} is unknown{near}; use one of {known_list(allowed)}"
+    return f"{where}.{key}: {given!r} is unknown{near}; use one of {known_list(allowed)}"
 
 
 def known_list(names: Sequence[str]) -> str:
@@ -292,7 +303,8 @@ def _known_keys(place: Place, values: Any) -> list[str]:
             candidates = [model for field in fields for model in _models_in(field.annotation)]
         named = [model for model in candidates if _has_name(model.model_fields, values)]
         candidates = named or candidates
-    return sorted({name for model in candidates for name in model.model_fields})
+    known = [item for model in candidates for item in model.model_fields.items()]
+    return sorted({field.alias or name for name, field in known})
 
 
 def _has_name(fields: Mapping[str, FieldInfo], values: Any) -> bool:

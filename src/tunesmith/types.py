@@ -28,7 +28,44 @@ For classification `labels` are of texts: (texts,) int64, (texts, classes) float
   several, (texts,) float32 for a regression; or of tokens, (batch, length) int64, else IGNORE.
   token_type_ids (batch, length) int64 where the tokenizer tells two texts apart;
   class_weights (classes,) float32 where classes are weighted.
+
+For judged replies each sequence (row or segment) is a prompt with one reply, and beside them are:
+  winners, losers: (pairs,) int64, of each pair the better and the worse sequence;
+  margins: (pairs,) float32, the difference of their scores, 0 where there are none;
+  pair_weights: (pairs,) float32, 1 over the pairs of the same prompt;
+  matched, mismatched: (replies,) int64, labelled sequences, and each one's prompt with the reply
+    of another row; good: (replies,) bool;
+  scores: (replies,) float32, of a single reply each;
+  step_sequences, step_positions: (steps,) int64, the sequence of each step's last token and its
+    place there; step_labels: (steps,) float32;
+  reference: (sequences,) float32, log p of each reply under the frozen model.
 """
+
+PAIR_KEYS: Final = frozenset(
+    {
+        "winners",
+        "losers",
+        "margins",
+        "pair_weights",
+        "matched",
+        "mismatched",
+        "good",
+        "scores",
+        "step_sequences",
+        "step_positions",
+        "step_labels",
+        "reference",
+        "teacher",
+    }
+)
+"""What a batch of judged replies, or of a distillation, has besides the model's inputs."""
+
+HEAD_ONLY: Final = frozenset({"labels", "supervised_positions", "supervised_targets"})
+"""Parts of a batch that the model's backbone does not see: what its head is asked for.
+
+An objective may find, on the CPU, where the supervised positions are, so that nobody waits for a
+GPU to say it: supervised_positions (n,) int64 into the flattened (batch * length) positions, and
+supervised_targets (n,) int64, what each has to predict."""
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 

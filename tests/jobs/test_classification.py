@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,6 +34,7 @@ from tunesmith import (
 from tunesmith.cli import main
 from tunesmith.engine.settings import CheckpointSettings
 from tunesmith.errors import DataError, SpecError
+from tunesmith.jobs.comparison_statistics import statistic_of
 from tunesmith.jobs.merge import merge
 from tunesmith.jobs.predict import predict
 from tunesmith.methods.contract import Method
@@ -254,6 +256,57 @@ def test_labels_of_words_are_learned_and_load_again(
     assert result.summary["after"]["macro_f1"] > 0.95
     metrics = tunesmith.evaluate(result.directory.path, base=False)
     assert metrics["tuned"] == pytest.approx(result.summary["after"])
+
+
+def test_entities_are_scored_where_tags_mark_them(tmp_path: Path, bases: Path) -> None:
+    rows = []
+    for row in marked_rows(120):
+        words = [row["text"][i : i + 1] for i in range(0, len(row["text"]), 2)]
+        before = ["", *words]
+        tags = [
+            "O" if word != "#" else "I-M" if before[place] == "#" else "B-M"
+            for place, word in enumerate(words)
+        ]
+        rows.append({"tokens": words, "tags": tags})
+    write_rows(tmp_path / "rows.jsonl", rows)
+    run = run_of(tmp_path, bases / "bert", objective=TokenClassification())
+    result = tunesmith.train(run)
+    after = result.summary["after"]
+    assert {"entity_f1", "entity_precision", "entity_recall"} <= set(after)
+    outcomes = json.loads(result.directory.outcomes.read_text())
+    for metric in ("entity_f1", "entity_precision", "entity_recall", "accuracy", "loss"):
+        kept = outcomes[metric]
+        assert sum(kept["totals"]) / sum(kept["counts"]) == pytest.approx(after[metric], rel=1e-5)
+    assert after["entity_f1"] > 0.5
+
+
+KINDS = {
+    "single": Classification(class_weights={"marked": 3.0}),
+    "multi": Classification(kind="multi"),
+    "regression": Classification(kind="regression"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_of_rows_gives_the_metrics(tmp_path: Path, bases: Path, kind: str) -> None:
+    rows: list[dict[str, object]] = []
+    for row in marked_rows(60):
+        marked = row["label"] == "marked"
+        labels = {"single": row["label"], "multi": ["x", "m"] if marked else ["x"]}
+        rows.append({"text": row["text"], "label": labels.get(kind, float(marked))})
+    rows[1]["label"] = ["m"] if kind == "multi" else rows[1]["label"]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    short = TrainSettings(max_steps=2, batch_size=8, learning_rate=1e-3)
+    run = run_of(tmp_path, bases / "bert", objective=KINDS[kind], train=short)
+    result = tunesmith.train(run)
+    outcomes = json.loads(result.directory.outcomes.read_text())
+    after = result.summary["after"]
+    known = {name for name in after if statistic_of(outcomes, name)}
+    assert known == set(after) - {"threshold", "best_micro_f1"}
+    for name in known:
+        found = statistic_of(outcomes, name)
+        assert found is not None
+        assert found.on(np.arange(found.rows)) == pytest.approx(after[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=4), Full()], ids=lambda m: m.name)

@@ -2,14 +2,20 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tunesmith.errors import SpecError
-from tunesmith.jobs.compare import compare
-from tunesmith.jobs.comparison_spec import load_comparison
+from tunesmith.jobs.compare import compare, prepared, safe_rate
+from tunesmith.jobs.comparison_findings import standard_error
+from tunesmith.jobs.comparison_runs import Trial
+from tunesmith.jobs.comparison_spec import comparison_from, load_comparison
+from tunesmith.jobs.features_spec import FeatureSettings
+from tunesmith.jobs.prompting_spec import PromptingSettings
+from tunesmith.jobs.run_directory import RunDirectory
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -26,6 +32,38 @@ def test_every_row_of_the_examples_is_a_run(path: Path) -> None:
     assert len(rows) >= 18
     for variant in rows:
         assert comparison.run_of(variant, path).name == variant.title
+
+
+def test_the_command_for_rotten_tomatoes_is_a_comparison() -> None:
+    path = EXAMPLES / "ladder.yaml"
+    lines = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
+    start = next(i for i, line in enumerate(lines) if "name=ladder-rotten" in line)
+    _, _, file, *overrides = shlex.split(" ".join(lines[start : start + 3]))
+    assert EXAMPLES.parent / file == path
+    comparison = load_comparison(path, overrides)
+    assert comparison.directory.name == "ladder-rotten-tomatoes"
+    for variant in comparison.rows():
+        data = comparison.run_of(variant, path).data
+        assert data.evaluation[0].path.endswith("rotten_tomatoes/test.jsonl")
+        assert data.max_length == 64
+
+
+@pytest.mark.parametrize(
+    ("metric", "error", "chosen"),
+    [("accuracy", 0.02, 3.0), ("accuracy", 0.0, 9.0), ("loss", 0.05, 1.0), ("loss", 0.3, 1.0)],
+)
+def test_the_lowest_rate_that_luck_cannot_tell_from_the_best(
+    metric: str, error: float, chosen: float
+) -> None:
+    rates = {9.0: 0.73, 1.0: 0.50, 27.0: 0.52, 3.0: 0.72}
+    assert safe_rate(rates, dict.fromkeys(rates, error), metric) == chosen
+
+
+def test_a_standard_error_is_that_of_a_share(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert standard_error(run, "accuracy") == 0.0  # nothing is known
+    run.outcomes.write_text(json.dumps({"accuracy": [1.0] * 300 + [0.0] * 100}))
+    assert standard_error(run, "accuracy") == pytest.approx((0.75 * 0.25 / 400) ** 0.5, rel=0.25)
 
 
 @pytest.fixture
@@ -48,7 +86,6 @@ def comparison_file(tmp_path: Path, tiny_model: Path) -> Path:
                     "evaluation": {
                         "metrics": ["exact_match"],
                         "max_new_tokens": 4,
-                        "general": "bundled",
                     },
                     "engine": {"device": "cpu"},
                 },
@@ -80,6 +117,8 @@ def test_a_comparison_ranks_measures_and_goes_on_where_it_was(comparison_file: P
         assert row.slowdown
         assert row.general_before == pytest.approx(rows["lora"].general_before)
         assert len(row.rates) >= 2
+        assert row.low is not None
+        assert row.low <= row.quality <= row.high
     trained = [row.quality for row in findings.trained]
     assert trained == sorted(trained)  # by loss, the least first
 
@@ -96,6 +135,31 @@ def test_a_comparison_ranks_measures_and_goes_on_where_it_was(comparison_file: P
     assert [row.values for row in again.rows] == [row.values for row in findings.rows]
     kept = {p: s for p, s in stamps.items() if p.parent != directory / "lora" / "seed-1"}
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_prompting_is_a_row_beside_training(comparison_file: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {n}", "completion": "yes" * (1 + n % 3)} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    shots = ", ".join(f"{{prompting: {{shots: {count}}}}}" for count in (0, 2, 9))
+    comparison = load_comparison(
+        comparison_file,
+        ["methods=[lora]", f"variants=[{shots}]", "learning_rates=1", "run.data.holdout=6"],
+    )
+    findings = compare(comparison, comparison_file, lambda line: None)
+    found = {row.name: row for row in findings.rows}
+    zero, few, untuned = found["zero-shot"], found["2-shot"], found["untuned"]
+    assert zero.quality == pytest.approx(untuned.quality, rel=1e-6)
+    assert len(zero.values) == 1  # no seed changes it
+    assert len(set(few.values)) == 2  # other examples
+    for row in (zero, few):
+        assert row.trainable_parameters == row.stored_bytes == row.steps == 0
+        assert row.forgetting == 0.0
+        assert row.low is not None
+    assert zero.prompt_tokens == 0
+    assert few.prompt_tokens is not None
+    assert few.prompt_tokens > 20
+    assert "9: the longest prompt has" in (found["9-shot"].failed or "")
+    assert "2-shot" in (comparison.directory / "report.html").read_text()
 
 
 def test_a_budget_that_is_too_small_says_what_would_be_needed(comparison_file: Path) -> None:
@@ -143,3 +207,73 @@ def test_a_metric_that_is_not_measured_ends_the_first_run(comparison_file: Path)
     with pytest.raises(SpecError, match=r"metric: 'blue' is not measured; use one of .*loss"):
         compare(comparison, comparison_file, told.append)
     assert told == []
+
+
+def test_a_file_that_is_not_there_is_no_comparison_file() -> None:
+    with pytest.raises(SpecError, match=r"nosuch\.yaml: no such comparison file"):
+        load_comparison("nosuch.yaml")
+
+
+def test_a_run_file_is_told_from_a_comparison_file() -> None:
+    with pytest.raises(SpecError, match=r"is a run file, .* `tunesmith train` runs this one"):
+        load_comparison(EXAMPLES / "e2e-lora.yaml")
+
+
+def test_a_row_is_one_thing(comparison_file: Path) -> None:
+    with pytest.raises(SpecError, match="a row has method or prompting, not both"):
+        load_comparison(comparison_file, ["variants=[{method: lora, prompting: {shots: 1}}]"])
+    with pytest.raises(SpecError, match="two rows are called '2-shot'"):
+        load_comparison(
+            comparison_file, ["variants=[{prompting: {shots: 2}}, {prompting: {shots: 2}}]"]
+        )
+
+
+def test_all_methods_of_a_decoder_come_with_prompting(comparison_file: Path) -> None:
+    run = load_comparison(comparison_file).base(comparison_file)
+
+    def titles(**settings: str | None) -> list[str]:
+        asked = {"methods": "all", "budget": None} | settings
+        model, data = run["model"]["name"], run["data"]["train"][0]["path"]
+        comparison, _ = comparison_from(None, [], model=model, data=data, **asked)
+        return [variant.title for variant in comparison.rows()]
+
+    assert titles()[-2:] == ["zero-shot", "4-shot"]
+    assert titles(methods="lora,ia3") == ["lora", "ia3"]
+
+
+def test_forgetting_is_measured_of_decoders_unless_the_run_says_no(
+    comparison_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump(load_comparison(comparison_file).base(comparison_file))
+    )
+
+    def general(*overrides: str) -> str | None:
+        comparison = load_comparison(comparison_file, list(overrides))
+        return prepared(comparison, comparison.rows()[0], comparison_file).evaluation.general
+
+    assert general() == "bundled"
+    assert general("run=base.yaml") == "bundled"
+    assert general("run.evaluation.general=null") is None
+
+
+def test_a_run_of_an_earlier_version_still_counts(comparison_file: Path) -> None:
+    comparison = load_comparison(comparison_file)
+    run = comparison.run_of(comparison.rows()[0], comparison_file)
+    run = run.model_copy(update={"output": str(comparison.directory / "lora")})
+    for trial in (
+        Trial("lora", run, keep=False),
+        Trial("features", run, keep=False, features=FeatureSettings(C=0.5)),
+        Trial("2-shot", run, keep=False, prompting=PromptingSettings(shots=2)),
+    ):
+        trial.directory.path.mkdir(parents=True, exist_ok=True)
+        trial.directory.summary.write_text("{}")
+        asked = yaml.safe_load(trial.to_yaml())
+        del asked["evaluation"]["inference"], asked["engine"]["padding"]  # as if they were new
+        trial.asked.write_text(yaml.safe_dump(asked))
+        assert trial.finished()
+        asked["seed"] = 5
+        trial.asked.write_text(yaml.safe_dump(asked))
+        assert not trial.finished()
+        trial.asked.write_text("no longer: understood")
+        assert not trial.finished()

@@ -23,6 +23,7 @@ from tunesmith.jobs.comparison_spec import load_comparison
 from tunesmith.jobs.features import FeatureResult, learn_from_features
 from tunesmith.jobs.features_classify import fit
 from tunesmith.jobs.features_spec import FeatureSettings, load_feature_file
+from tunesmith.jobs.predict import predict, texts_in
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +95,7 @@ def test_features_are_computed_once(
     stamps = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert len(stamps) == 2  # training and evaluation rows
     with monkeypatch.context() as no_model:
-        no_model.setattr("tunesmith.jobs.features_embed.load_model", None)
+        no_model.setattr("tunesmith.jobs.features_embed.load_base", None)
         said: list[str] = []
         again = learn(run_file, "seed=1", "features.classifier=linear_svm", said=said)
         assert sum("cached" in line for line in said) == 2
@@ -313,7 +314,7 @@ def test_a_comparison_has_features_beside_what_trains(tmp_path: Path, run_file: 
 def test_a_row_cannot_have_a_method_and_features(tmp_path: Path) -> None:
     path = tmp_path / "both.yaml"
     path.write_text("run: {}\nvariants: [{method: lora, features: {}}]\n")
-    with pytest.raises(SpecError, match="a method or features, not both"):
+    with pytest.raises(SpecError, match="a row has method or features, not both"):
         load_comparison(path)
 
 
@@ -322,3 +323,46 @@ def test_the_ladder_is_four_runs() -> None:
     ladder = load_comparison(path)
     titles = [ladder.run_of(variant, path).name for variant in ladder.rows()]
     assert titles == ["features", "last_layers", "full", "lora"]
+
+
+@pytest.mark.parametrize("classifier", ["logistic_regression", "linear_svm"])
+def test_predictions_are_those_of_the_fitted_classifier(run_file: Path, classifier: str) -> None:
+    result = learn(run_file, f"features.classifier={classifier}")
+    rows = marked_rows(20, seed=5)
+    said = predict(result.directory.path, [row["text"] for row in rows])
+    right = [p.said == row["label"] for p, row in zip(said, rows, strict=True)]
+    assert sum(right) >= 18
+    for prediction in said:
+        shares = prediction.probabilities
+        if classifier == "linear_svm":
+            assert shares == {}  # a margin is no probability
+        else:
+            assert sum(shares.values()) == pytest.approx(1.0)
+            assert max(shares, key=shares.__getitem__) == prediction.said
+
+
+def test_the_evaluation_rows_are_predicted_as_they_were_measured(run_file: Path) -> None:
+    few = write_rows(run_file.with_name("few.jsonl"), marked_rows(20, seed=3))
+    result = learn(run_file, f"data.evaluation=[{{path: {few}}}]")
+    said = predict(result.directory.path, texts_in(few, result.directory.path))
+    kept = json.loads(result.directory.outcomes.read_text())["predictions"]["predicted"]
+    assert [p.said for p in said] == [("marked", "plain")[index] for index in kept]
+
+
+def test_trees_were_not_saved_and_cannot_predict(run_file: Path) -> None:
+    result = learn(run_file, "features.classifier=random_forest", "features.trees=3")
+    with pytest.raises(SpecError, match=r"random_forest is not saved, .*logistic_regression"):
+        predict(result.directory.path, ["abc"])
+
+
+def test_a_damaged_classifier_is_named(run_file: Path) -> None:
+    result = learn(run_file)
+    result.directory.classifier.write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match=r"classifier\.safetensors: is damaged"):
+        predict(result.directory.path, ["abc"])
+
+
+def test_the_page_of_features_shows_metrics_and_confusion(run_file: Path) -> None:
+    page = learn(run_file).directory.report.read_text()
+    for shown in ("method features", "Accuracy", "marked", "plain"):
+        assert shown in page

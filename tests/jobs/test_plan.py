@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES
+from tiny import tiny_llama
 from tunesmith import Classification, DataSettings, ModelSettings, Run, Source, TrainSettings
+from tunesmith.cli.plan_tables import plan_table
 from tunesmith.engine.settings import EngineSettings
 from tunesmith.errors import SpecError
-from tunesmith.jobs.plan import plan, remedies
-from tunesmith.measure.memory_plan import MemoryPlan, bytes_of, counts_of, shared_out
+from tunesmith.jobs.plan import plan
+from tunesmith.jobs.remedies import remedies
+from tunesmith.measure.memory_plan import STRATEGIES, MemoryPlan, bytes_of, counts_of, shared_out
 from tunesmith.methods import Full, LoRA, PrefixTuning
 from tunesmith.methods.contract import Method
 from tunesmith.objectives import SFT
@@ -60,7 +63,43 @@ def test_remedies_are_enough_and_none_is_given_where_it_fits(tiny_model: Path) -
     found = remedies(planned, limit)
     assert found[-1].peak <= limit
     assert all(r.peak > limit for r in found[:-1])
+    assert all(r.price for r in found)
     assert remedies(planned, 1000) == []
+
+
+def test_no_remedy_is_given_that_is_not_needed(tiny_model: Path) -> None:
+    run = run_of(tiny_model, LoRA())
+    planned = plan(run, device="cuda")
+    full = plan(run_of(tiny_model, LoRA(), checkpointing="full"), device="cuda").alone.peak
+    # Selective recomputation is cheaper and tried first, and does not suffice: full replaces it.
+    assert [r.change for r in remedies(planned, full)] == ["engine.checkpointing=full"]
+
+
+def test_checkpointing_keeps_less_the_more_it_computes_again(tiny_model: Path) -> None:
+    # Full: beside a frozen map of so few columns, LoRA's products are more than what they read.
+    kept = [
+        plan(run_of(tiny_model, Full(), checkpointing=mode), device="cuda").alone.activations
+        for mode in ("none", "selective", "full")
+    ]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 3
+
+
+@pytest.mark.parametrize("codes", ["fp8", "nf4", "int8"])
+def test_codes_take_the_place_of_the_weights_of_the_blocks(tmp_path: Path, codes: str) -> None:
+    layers, hidden, inner = 2, 256, 512
+    tiny_llama(hidden_size=hidden, intermediate_size=inner).config.save_pretrained(tmp_path)
+    run = run_of(tmp_path, LoRA())
+    plain = plan(run, device="cuda")
+    model = run.model.model_copy(update={"quantize": codes, "double_quantize": False})
+    coded = plan(run.model_copy(update={"model": model}), device="cuda")
+    attention = 2 * hidden * hidden + 2 * hidden * hidden // 2
+    weights = layers * (attention + 3 * hidden * inner)
+    rows = layers * (2 * hidden + 2 * hidden // 2 + 2 * inner + hidden)
+    left = weights // 2 + 4 * weights // 64 if codes == "nf4" else weights + 4 * rows
+    # To the rounding of each tensor.
+    assert plain.alone.frozen - coded.alone.frozen == pytest.approx(4 * weights - left, abs=2**14)
+    assert coded.counts == plain.counts
 
 
 MEMORY = MemoryPlan(
@@ -84,6 +123,29 @@ def test_sharing_divides_what_each_stage_of_zero_shares() -> None:
     assert three.transient == GIB + GIB // 2  # two blocks are gathered
     assert shared_out(MEMORY, 4, "zero3+offload", block=0).optimizer == 0
     assert shared_out(MEMORY, 1, "zero3", block=GIB) == MEMORY
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_shares_add_up_to_the_whole(devices: int) -> None:
+    shared = {stage: shared_out(MEMORY, devices, stage, block=0) for stage in STRATEGIES}
+    for part in ("frozen", "trained", "gradients", "optimizer"):
+        assert devices * getattr(shared["zero3"], part) == getattr(MEMORY, part)
+        assert getattr(shared["fsdp"], part) == getattr(shared["zero3"], part)
+        assert getattr(shared["ddp"], part) == getattr(MEMORY, part)
+    weights = [memory.frozen + memory.trained for memory in shared.values()]
+    assert weights == [9 * GIB, 9 * GIB // devices, 9 * GIB, 9 * GIB] + 2 * [9 * GIB // devices]
+    assert shared["zero3+offload"].gradients == shared["zero3+offload"].optimizer == 0
+    # Every row is of the same batch on each device: what is computed there is not shared.
+    assert {memory.activations for memory in shared.values()} == {MEMORY.activations}
+
+
+def test_the_rows_of_a_plan_are_there_for_every_strategy(tiny_model: Path) -> None:
+    planned = plan(run_of(tiny_model, Full(keep_base=False)), device="cuda")
+    table = plan_table(planned, [1, 2, 8], None)
+    names = list(table.columns[0].cells)
+    assert names == ["1", *(f"{n}, {s}" for n in (2, 8) for s in STRATEGIES)]
+    assert planned.on(8, "zero3").trained == -(-planned.alone.trained // 8)
+    assert planned.on(8, "ddp") == planned.alone
 
 
 def test_the_peak_is_in_backward_or_in_the_optimisers_step() -> None:

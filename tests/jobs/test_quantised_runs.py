@@ -29,7 +29,7 @@ from tunesmith.jobs.result import load_run
 from tunesmith.models.quantize import is_quantised
 
 pytest.importorskip("bitsandbytes")
-kinds = pytest.mark.parametrize("kind", ["nf4", "int8"])
+kinds = pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 

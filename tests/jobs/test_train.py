@@ -78,6 +78,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path, rows: Path, tiny_mo
         "metrics.jsonl",
         "checkpoints",
         "adapter",
+        "outcomes.json",
         "samples.json",
         "summary.json",
         "report.html",

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tunesmith.measure.simulated_memory import ROUNDING, StepMemory, simulate_step
+from tunesmith.measure.simulated_memory import ROUNDING as ROUNDINGS
+from tunesmith.measure.simulated_memory import StepMemory, simulate_step
 from tunesmith.methods import Full, LoRA
 from tunesmith.methods.tuned import attach
 from tunesmith.objectives import SFT
 
+ROUNDING = ROUNDINGS["cuda"]
 ROWS, WIDTH = 256, 1024
 SIZES = {
     "vocab_size": 512,

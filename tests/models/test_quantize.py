@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from tunesmith.methods import AdaLoRA, Adapter, BitFit, Full, LastLayer, LoRA, V
 from tunesmith.methods.contract import Method
 from tunesmith.methods.storage import load_adapter
 from tunesmith.methods.tuned import TunedModel, attach
+from tunesmith.models import quantize
 from tunesmith.models.heads import Head
 from tunesmith.models.loading import load_model
 from tunesmith.models.quantize import (
@@ -36,14 +38,18 @@ from tunesmith.models.quantize import (
     keep_trainable,
     quantise,
 )
+from tunesmith.models.quantize_linear import Fp8Linear, Nf4Linear
 from tunesmith.models.settings import ModelSettings
 
 bnb = pytest.importorskip("bitsandbytes")
 
 IDS = torch.arange(3, 27).reshape(2, 12)
-KINDS = ["nf4", "int8"]
+KINDS = ["nf4", "int8", "fp8"]
+EXACT = ["nf4", "int8"]
+"""Kinds whose products, outside of generation on CUDA, are those of the values of the codes."""
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 kinds = pytest.mark.parametrize("kind", KINDS)
+exact_kinds = pytest.mark.parametrize("kind", EXACT)
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 Make = Callable[..., PreTrainedModel]
 
@@ -51,6 +57,13 @@ Make = Callable[..., PreTrainedModel]
 def wide_llama(**changes: object) -> PreTrainedModel:
     """Wide enough for the layout that bitsandbytes repacks into: whole blocks of 64 in a row."""
     return tiny_llama(hidden_size=64, intermediate_size=64, **changes)
+
+
+def wide_gpt2(**changes: object) -> PreTrainedModel:
+    return tiny_gpt2(n_embd=64, **changes)
+
+
+WIDE = {tiny_llama: wide_llama, tiny_gpt2: wide_gpt2}
 
 
 def settings(kind: str, **changes: object) -> ModelSettings:
@@ -69,11 +82,32 @@ def base(kind: str, make: Make = tiny_llama, dtype: torch.dtype = torch.float32)
 
 
 def by_hand(module: nn.Module) -> Tensor:
-    """The weight (out, in), float32, by the library's own functions."""
-    if isinstance(module, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    """The weight (out, in), float32, by the library's own functions, or its layout."""
+    if isinstance(module, Nf4Linear):
+        return nf4_by_hand(module)
+    if isinstance(module, Fp8Linear):
+        return module.weight.view(torch.float8_e4m3fn).float() * module.scales
     scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
     return module.weight.data.float() * (scales / 127)[:, None]
+
+
+def nf4_by_hand(module: Nf4Linear) -> Tensor:
+    """Every weight in a loop over the blocks, with the library's own scales."""
+    absmax = module.absmax
+    if module.absmax_scales is not None:
+        codes = bnb.functional.QuantState(
+            absmax=module.absmax_scales,
+            code=module.absmax_levels,
+            blocksize=256,
+            dtype=torch.float32,
+        )
+        absmax = bnb.functional.dequantize_blockwise(absmax, codes) + module.absmax_offset
+    upper, lower = module.weight.flatten() // 16, module.weight.flatten() % 16
+    places = torch.stack([upper, lower], 1).flatten().long()
+    count = module.out_features * module.in_features
+    levels = bnb.functional.get_4bit_type("nf4", device="cpu")[places][:count]
+    values = [part * scale for part, scale in zip(levels.split(64), absmax, strict=True)]
+    return torch.cat(values).view(module.out_features, module.in_features)
 
 
 def reference(kind: str, make: Make = tiny_llama) -> PreTrainedModel:
@@ -81,7 +115,7 @@ def reference(kind: str, make: Make = tiny_llama) -> PreTrainedModel:
     quantised, model = base(kind, make), plain(make)
     for path, module in model.named_modules():
         codes = quantised.get_submodule(path)
-        if isinstance(codes, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+        if is_quantised(codes):
             weight = by_hand(codes)
             module.weight.data = weight.T.clone() if isinstance(module, Conv1D) else weight
     return model
@@ -108,7 +142,7 @@ def lora_of(model: PreTrainedModel, **changes: object) -> TunedModel:
     return tuned
 
 
-@kinds
+@exact_kinds
 @models
 def test_logits_and_gradients_are_those_of_the_dequantised_model(kind: str, make: Make) -> None:
     ours, theirs = lora_of(base(kind, make)), lora_of(reference(kind, make))
@@ -118,7 +152,7 @@ def test_logits_and_gradients_are_those_of_the_dequantised_model(kind: str, make
     torch.testing.assert_close(logits(ours.model), logits(theirs.model), atol=1e-5, rtol=1e-5)
 
 
-@kinds
+@exact_kinds
 def test_an_evaluation_before_training_changes_no_gradient(kind: str) -> None:
     ours, theirs = lora_of(base(kind, wide_llama)), lora_of(reference(kind, wide_llama))
     ours.model.eval()
@@ -126,21 +160,6 @@ def test_an_evaluation_before_training_changes_no_gradient(kind: str) -> None:
     found = gradients(ours)
     assert found.keys() == ours.trainable().keys()
     torch.testing.assert_close(found, gradients(theirs), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported(), reason="bitsandbytes repacks on AVX512-BF16 only"
-)
-def test_weights_that_were_repacked_for_inference_are_refused() -> None:
-    model = base("nf4", wide_llama)
-    expected = logits(model)
-    assert torch.equal(logits(model), expected)
-    for module in model.modules():
-        if is_quantised(module):
-            module.support_avx512bf16_for_cpu = True  # as bitsandbytes has it
-    assert not torch.equal(logits(model), expected)
-    with pytest.raises(ModelError, match=r"q_proj was run before .*load the model again"):
-        attach(model, LoRA(rank=4))
 
 
 def by_transformers(kind: str, make: Make, folder: Path) -> PreTrainedModel:
@@ -160,18 +179,35 @@ def by_transformers(kind: str, make: Make, folder: Path) -> PreTrainedModel:
     return model
 
 
-@kinds
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="bitsandbytes repacks on AVX512-BF16 only"
+)
+def test_weights_that_were_repacked_for_inference_are_refused(tmp_path: Path) -> None:
+    model = by_transformers("nf4", wide_llama, tmp_path)
+    expected = logits(model)
+    assert torch.equal(logits(model), expected)
+    for module in model.modules():
+        if is_quantised(module):
+            module.support_avx512bf16_for_cpu = True  # as bitsandbytes has it
+    assert not torch.equal(logits(model), expected)
+    with pytest.raises(ModelError, match=r"q_proj was run before .*load the model again"):
+        attach(model, LoRA(rank=4))
+
+
+@exact_kinds
 @models
 def test_codes_and_logits_are_those_of_transformers(kind: str, make: Make, tmp_path: Path) -> None:
-    theirs = by_transformers(kind, make, tmp_path)
+    # bitsandbytes' CPU kernel takes wrong scales where a row is not whole blocks of 64.
+    theirs = by_transformers(kind, WIDE[make], tmp_path)
     ours = load_model(settings(kind, name=str(tmp_path)), dtype=torch.float32).model
     found = [path for path, module in ours.named_modules() if is_quantised(module)]
     assert found == [path for path, module in theirs.named_modules() if is_quantised(module)]
     for path in found:
         codes = theirs.get_submodule(path).weight.data
         assert torch.equal(ours.get_submodule(path).weight.data, codes)
-    assert torch.equal(logits(ours), logits(theirs))
-    assert torch.equal(logits(attach(theirs, LoRA(rank=4)).model), logits(ours))
+    expected = logits(theirs)
+    torch.testing.assert_close(logits(ours), expected)
+    assert torch.equal(logits(attach(theirs, LoRA(rank=4)).model), expected)
 
 
 @kinds
@@ -201,7 +237,7 @@ def test_a_linear_class_of_an_architecture_is_quantised_too() -> None:
     config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     model = AutoModelForCausalLM.from_config(config).eval()
     quantise(model, settings("nf4"), device="cpu")
-    assert isinstance(model.transformer.h[0].mlp.dense_h_to_4h, bnb.nn.Linear4bit)
+    assert isinstance(model.transformer.h[0].mlp.dense_h_to_4h, Nf4Linear)
     plain_again = deepcopy(model)
     dequantise(plain_again)
     assert type(plain_again.transformer.h[0].mlp.dense_h_to_4h).__name__ == "FalconLinear"
@@ -249,7 +285,7 @@ def test_what_reads_the_weight_starts_as_the_quantised_base(
     assert torch.equal(logits(tuned.model), logits(base(kind, make)))
 
 
-@kinds
+@exact_kinds
 @pytest.mark.parametrize("changes", [{"dora": True}, {"init": "pissa"}], ids=["dora", "pissa"])
 def test_what_reads_the_weight_reads_what_the_codes_stand_for(
     kind: str, changes: dict[str, object]
@@ -259,7 +295,7 @@ def test_what_reads_the_weight_reads_what_the_codes_stand_for(
     torch.testing.assert_close(gradients(ours), gradients(theirs), atol=1e-4, rtol=1e-4)
 
 
-@kinds
+@exact_kinds
 @models
 def test_merged_is_the_dequantised_model_with_the_update(kind: str, make: Make) -> None:
     ours, theirs = lora_of(base(kind, make)), lora_of(reference(kind, make))
@@ -305,7 +341,7 @@ def test_an_exported_model_is_plain(kind: str, make: Make, tmp_path: Path) -> No
     assert torch.equal(logits(written), expected)
 
 
-@kinds
+@exact_kinds
 @models
 def test_what_transformers_quantised_is_exported_plain_as_well(
     kind: str, make: Make, tmp_path: Path
@@ -429,3 +465,30 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_a_device_that_the_library_does_not_know_is_refused() -> None:
     with pytest.raises(SetupError, match="int8 runs on cpu and cuda and not on 'mps'"):
         load_model(settings("int8", name="nowhere"), device="mps")
+
+
+@pytest.mark.parametrize(
+    ("asked", "instead"),
+    [({"quantize": "fp8"}, "nf4"), ({"quantize": "nf4", "products": "float8"}, "dtype")],
+    ids=["fp8", "nf4"],
+)
+def test_a_gpu_without_float8_is_refused(asked: dict[str, object], instead: str) -> None:
+    wanted = ModelSettings.model_validate({"name": "tiny"} | asked)
+    quantize._require_float8((8, 9), wanted)
+    with pytest.raises(SetupError, match=rf"capability 8\.9 or more .*has 8\.6; use .*{instead}$"):
+        quantize._require_float8((8, 6), wanted)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_float8_products_of_what_has_none_are_refused(kind: str) -> None:
+    with pytest.raises(ValidationError, match="products: float8 has no effect"):
+        settings(kind, products="float8")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_casting_a_model_changes_no_value_of_its_codes(kind: str) -> None:
+    module = base(kind).model.layers[0].mlp.up_proj
+    before = dequantised(module)
+    module.bfloat16()
+    assert torch.equal(dequantised(module), before)
+    assert set(module.state_dict()) == {"weight"}

@@ -259,3 +259,31 @@ def test_a_token_far_below_the_best_has_a_finite_loss() -> None:
     loss.backward()
     assert loss == 200
     assert torch.equal(hidden.grad, torch.tensor([[1.0, -1.0]]))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_the_z_loss_is_its_formula_with_its_gradient(
+    chunk_size: int | None, softcap: float | None
+) -> None:
+    hidden, weight, bias, labels = head()
+    options = {"bias": bias, "chunk_size": chunk_size, "softcap": softcap, "z_loss": 0.1}
+    ours = linear_cross_entropy(hidden, weight, labels, **options)
+    logits = plain_logits(hidden, weight, bias, softcap)[labels != IGNORE]
+    plain = plain_loss(hidden, weight, bias, labels, softcap)
+    plain = plain + 0.1 * logits.logsumexp(-1).square().sum()
+    torch.testing.assert_close(ours, plain)
+    leaves = (hidden, weight, bias)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * ours, leaves), torch.autograd.grad(3 * plain, leaves)
+    )
+
+
+def test_labels_that_nobody_looks_at_give_the_same() -> None:
+    hidden, weight, bias, labels = head()
+    kept = labels != IGNORE
+    expected = linear_cross_entropy_and_correct(hidden, weight, labels, bias=bias)
+    got = linear_cross_entropy_and_correct(
+        hidden[kept], weight, labels[kept], bias=bias, all_supervised=True
+    )
+    torch.testing.assert_close(got, expected)

@@ -13,6 +13,7 @@ os.environ.setdefault("TYPER_USE_RICH", "0")
 import typer
 
 from tunesmith.cli.advise import advise
+from tunesmith.cli.align import align
 from tunesmith.cli.chat import chat
 from tunesmith.cli.combine import combine
 from tunesmith.cli.compare import compare
@@ -27,6 +28,7 @@ from tunesmith.cli.merge import merge
 from tunesmith.cli.models import models
 from tunesmith.cli.plan import plan
 from tunesmith.cli.predict import predict
+from tunesmith.cli.reward import reward_app
 from tunesmith.cli.schema import schema
 from tunesmith.cli.sites import sites
 from tunesmith.cli.train import train
@@ -46,6 +48,7 @@ app.command()(chat)
 app.command()(predict)
 app.command()(features)
 app.command()(compare)
+app.command()(align)
 app.command()(plan)
 app.command()(advise)
 app.command()(merge)
@@ -53,6 +56,7 @@ app.command()(combine)
 app.command()(inspect)
 app.command("import-adapter")(import_adapter)
 app.add_typer(data_app, name="data")
+app.add_typer(reward_app, name="reward")
 app.command()(models)
 app.command()(sites)
 app.command()(doctor)

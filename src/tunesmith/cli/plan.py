@@ -17,13 +17,17 @@ def plan(  # noqa: PLR0917 - typer reads options from the signature
     memory: Annotated[
         str | None, typer.Option("--memory", help="What one device has: 24GiB.")
     ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Take three small steps here and compare."),
+    ] = False,
 ) -> None:
     """Predict parameters and memory of a run before anything is loaded."""
     from rich.console import Console
 
     from tunesmith.cli.plan_tables import parameters_table, plan_table, remedies_lines
     from tunesmith.jobs.plan import plan as make_plan
-    from tunesmith.jobs.plan import remedies
+    from tunesmith.jobs.remedies import remedies
     from tunesmith.measure.memory_plan import bytes_of, counts_of
     from tunesmith.spec import load_run_file
 
@@ -33,6 +37,14 @@ def plan(  # noqa: PLR0917 - typer reads options from the signature
     console = Console()
     console.print(parameters_table(planned.counts))
     console.print(plan_table(planned, numbers, limit))
+    if probe:
+        from tunesmith.cli.plan_tables import probe_lines, probe_table
+        from tunesmith.jobs.probe import probe as take_steps
+
+        probed = take_steps(planned)
+        console.print(probe_table(probed))
+        for line in probe_lines(probed):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     if limit is not None:
         for line in remedies_lines(planned, remedies(planned, limit), limit):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,9 @@ from tunesmith.measure.memory_plan import STRATEGIES, MemoryPlan
 from tunesmith.report.words import count, size
 
 if TYPE_CHECKING:
-    from tunesmith.jobs.plan import Plan, Remedy
+    from tunesmith.jobs.plan import Plan
+    from tunesmith.jobs.probe import Probe
+    from tunesmith.jobs.remedies import Remedy
     from tunesmith.methods.counts import ParameterCounts
 
 
@@ -75,3 +77,39 @@ def remedies_lines(planned: Plan, remedies: Sequence[Remedy], limit: int) -> lis
     lines = [f"It does not fit into {size(limit)} ({size(peak)}). What makes it fit, in order:"]
     lines += [f"- {r.change}: {size(r.peak)} at the most; costs {r.price}" for r in remedies]
     return lines
+
+
+def probe_table(probed: Probe) -> Table:
+    """Return the steps that were taken beside what the plan says of each."""
+    weights = "the model's weights" if probed.real_weights else "random weights"
+    rows = probed.planned.tokens[0]
+    table = Table(
+        title=f"three steps of {rows} rows with {weights}, planned and measured",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("tokens", "activ.", "measured", "peak", "measured", "plan / measured"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for step in probed.steps:
+        planned = step.planned.alone
+        sizes = (planned.activations, step.activations, planned.peak, step.peak)
+        ratio = f"{planned.peak / step.peak:.2f}"
+        table.add_row(str(step.length), *map(_short, sizes), ratio)
+    return table
+
+
+def probe_lines(probed: Probe) -> list[str]:
+    """Return in words how activations grow, and what that makes of the whole step."""
+    growth, length = probed.activations, probed.planned.tokens[1]
+    grows = f"{size(max(0, round(growth.linear)))} for each token of a row's length"
+    if growth.quadratic:
+        grows = (
+            f"{growth.linear / 2**10:.3g} KiB n + {growth.quadratic / 2**10:.3g} KiB n^2 for rows "
+            "of n tokens"
+        )
+    return [
+        f"Activations grow by {grows}.",
+        f"At {length} tokens: {size(probed.peak)} by these steps, "
+        f"{size(probed.planned.alone.peak)} by the plan.",
+    ]

@@ -6,7 +6,9 @@ import typer
 
 
 def predict(
-    run_directory: Annotated[str, typer.Argument(help="Run directory of a classifier.")],
+    run_directory: Annotated[
+        str, typer.Argument(help="Run directory of a classifier or reward model.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings over the run's: engine.device=cpu")
     ] = None,
@@ -21,18 +23,20 @@ def predict(
         bool, typer.Option("--json", help="One JSON object a text, with all probabilities.")
     ] = False,
 ) -> None:
-    """Say the label of texts and how probable it is."""
+    """Say the label of texts and how probable it is, or the reward of replies."""
     import json
     from dataclasses import asdict
 
     from tunesmith.errors import SpecError
     from tunesmith.jobs.predict import predict as predict_texts
-    from tunesmith.jobs.predict import texts_in
+    from tunesmith.jobs.predict import predict_file
 
-    texts = [*(text or []), *(texts_in(file, run_directory) if file else [])]
-    if not texts:
+    if not text and not file:
         raise SpecError("nothing to classify; give --text or --file")
-    for prediction in predict_texts(run_directory, texts, overrides=overrides or []):
+    own = overrides or []
+    found = predict_texts(run_directory, text, overrides=own) if text else []
+    found += predict_file(run_directory, file, overrides=own) if file else []
+    for prediction in found:
         if as_json:
             print(json.dumps(asdict(prediction), ensure_ascii=False))
             continue

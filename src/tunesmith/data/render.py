@@ -130,6 +130,12 @@ class Renderer:
             reference = whole[spans[-1].start : closing].strip()
         return Prompt(self._encode(text).ids.tolist(), [reference], list(before))
 
+    def asked(self, sample: Conversation) -> list[int]:
+        """Return the tokens of all turns, with the header of the assistant's turn to come."""
+        text = self._render(sample, sample.messages, header=True)
+        ids: list[int] = self._encode(text).ids.tolist()
+        return ids
+
     def _text_row(self, text: str) -> TokenRow:
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         eos = self.tokenizer.eos_token_id

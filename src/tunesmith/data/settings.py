@@ -15,8 +15,8 @@ class Source(Settings):
     """One place that rows come from."""
 
     path: str
-    """A file, folder or glob (.json .jsonl .csv .tsv .parquet .txt, also .gz), a zoo name, or a
-    Hub data set."""
+    """A file, folder or glob (.json .jsonl .csv .tsv .parquet .txt, also .gz), a generator
+    (`generated/arithmetic:digits=2`), a zoo name, or a Hub data set."""
     split: str | None = None
     """Split of a Hub or zoo data set, or of a folder whose files are named by split; `train` where
     none is given."""
@@ -36,8 +36,11 @@ class Source(Settings):
     """A system turn put before rows that have none."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this source in the mixture, relative to the others."""
+    skip: int = Field(default=0, ge=0)
+    """Leave out the first so many rows: with `limit`, parts of one file that have no row in
+    common."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first so many rows."""
+    """Use only the first so many rows, after those that `skip` leaves out."""
 
     @model_validator(mode="after")
     def _templates_agree(self) -> Self:

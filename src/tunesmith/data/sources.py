@@ -1,4 +1,4 @@
-"""Where rows come from: a path, a zoo name or a Hub id, looked up in this order."""
+"""Where rows come from: a path, a generator, a zoo name or a Hub id, looked up in this order."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Final
 
 from tunesmith.data.files import READERS, FileRow, reader_of
 from tunesmith.data.hub import fingerprint, read_hub
+from tunesmith.data.problems import generated_file, is_generated
 from tunesmith.data.rows import START, BadRow, Position, RawRow
 from tunesmith.data.settings import Source
 from tunesmith.errors import DataError
@@ -48,6 +49,8 @@ def locate(source: Source) -> Located:
         DataError: no file, zoo name or possible Hub id is meant, or a folder holds no data.
     """
     path = Path(source.path).expanduser()
+    if is_generated(source.path) and not path.exists():
+        return Located(source, (generated_file(source.path, source.split),))
     if path.is_file():
         return Located(source, (_known(path),))
     if path.is_dir():
@@ -112,7 +115,7 @@ def _hidden(path: Path, folder: Path) -> bool:
 def read(
     located: Located, start: Position = START, *, streaming: bool = False
 ) -> Iterator[RawRow | BadRow]:
-    """Yield the rows of a source from `start` on, up to its limit.
+    """Yield the rows of a source from `start` on, between what it skips and its limit.
 
     Args:
         located: what `locate` found.
@@ -122,9 +125,12 @@ def read(
     Raises:
         DataError: a file cannot be read at all, or has no rows.
     """
-    limit = located.source.limit
+    skip, limit = located.source.skip, located.source.limit
     rows = _hub_rows(located, start, streaming) if not located.files else _file_rows(located, start)
-    yield from rows if limit is None else islice(rows, max(0, limit - start.total))
+    if limit is not None:
+        rows = islice(rows, max(0, skip + limit - start.total))
+    # Read and left out, so that places in the source are the same whatever is skipped.
+    yield from (row for row in rows if row.end.total > skip) if skip else rows
 
 
 def _hub_rows(located: Located, start: Position, streaming: bool) -> Iterator[RawRow | BadRow]:

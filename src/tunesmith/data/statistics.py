@@ -46,6 +46,8 @@ class SourceReport:
     """Rows left out because no supervised token would be left in them."""
     messages: tuple[str, ...] = ()
     """The first few bad rows."""
+    reasons: tuple[tuple[str, int], ...] = ()
+    """Of the dropped rows why, and how many for each reason, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class DataReport:
         lines = [
             f"{source.name}: {source.rows:,} rows as {source.format}"
             + (f", {source.bad:,} bad and skipped" if source.bad else "")
-            + (f", {source.dropped:,} dropped" if source.dropped else "")
+            + (f", {source.dropped:,} dropped{_why(source.reasons)}" if source.dropped else "")
             for source in self.sources
         ]
         supervised = "" if self.classes else f", {share:.0%} of them supervised"
@@ -106,6 +108,12 @@ class DataReport:
         if self.also_in_training:
             lines.append(f"{self.also_in_training:,} samples ask what training asks too")
         return lines
+
+
+def _why(reasons: Sequence[tuple[str, int]]) -> str:
+    """Return why rows were dropped, in brackets."""
+    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
+    return f" ({told})" if told else ""
 
 
 def _told(classes: Sequence[tuple[str, int]]) -> str:

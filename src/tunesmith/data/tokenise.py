@@ -72,7 +72,7 @@ class Job:
             "content": content_hash(self.located),
             "layout": self.layout.name,
             "source": source.model_dump(
-                include={"columns", "prompt", "completion", "system", "limit"}
+                include={"columns", "prompt", "completion", "system", "skip", "limit"}
             ),
             "supervise": self.supervise,
             "on_bad_row": self.on_bad_row,

@@ -83,6 +83,37 @@ class Sampled:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """Replies were sampled and scored, to learn from in this and further steps."""
+
+    kind: ClassVar[str] = "gathered"
+    step: int
+    """The first step that learns from them."""
+    replies: int
+    tokens: int
+    """Of all replies."""
+    reward: float
+    """Mean score: the weighted sum of the rewards."""
+    reward_std: float
+    rewards: dict[str, float]
+    """Mean of each reward, without its weight."""
+    length: float
+    """Mean tokens a reply."""
+    ended: float
+    """Share of the replies that ended by themselves."""
+    measured: dict[str, float]
+    """Where they were computed: `kl` to the reference in nats a reply and its coefficient, the
+    largest difference of a token's log-probability between sampling and training, and the share of
+    the returns' variance that the value function explains."""
+    tokens_per_second: float
+    """Of sampling and scoring."""
+    seconds: float
+    """Of all, with what models were asked about the replies."""
+    samples: list[dict[str, Any]]
+    """The first few: `prompt`, `reply`, `reward`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSaved:
     """A checkpoint appeared, whole."""
 
@@ -114,6 +145,19 @@ class MicroBatchHalved:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointingChosen:
+    """`engine.checkpointing: auto` decided what the backward pass computes again."""
+
+    kind: ClassVar[str] = "checkpointing_chosen"
+    step: int
+    mode: str
+    share: float
+    """Of the blocks."""
+    message: str
+    """The choice and its reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFinished:
     """Training ended."""
 
@@ -134,9 +178,11 @@ Event: TypeAlias = (
     | StepDone
     | Evaluated
     | Sampled
+    | Gathered
     | CheckpointSaved
     | Warned
     | MicroBatchHalved
+    | CheckpointingChosen
     | RunFinished
 )
 Listener: TypeAlias = Callable[[Event], None]

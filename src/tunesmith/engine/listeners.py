@@ -11,9 +11,11 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from tunesmith.engine.events import (
+    CheckpointingChosen,
     CheckpointSaved,
     Evaluated,
     Event,
+    Gathered,
     MicroBatchHalved,
     RunFinished,
     RunStarted,
@@ -136,7 +138,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _line(event: Event, *, in_bar: bool) -> str | None:
+def _line(event: Event, *, in_bar: bool) -> str | None:  # noqa: PLR0911 - a line an event
     """Return `event` as a line of text; None where the bar shows it, or nothing does."""
     match event:
         case RunStarted():
@@ -154,8 +156,15 @@ def _line(event: Event, *, in_bar: bool) -> str | None:
             return f"evaluation at step {event.step}  {shown}{'  (best)' if event.best else ''}"
         case CheckpointSaved():
             return f"saved {event.path} ({event.size_bytes / 2**20:.1f} MiB)"
-        case Warned() | MicroBatchHalved():
-            return f"warning: {event.message}"
+        case Gathered():
+            kl = f"  kl {event.measured['kl']:.2f}" if "kl" in event.measured else ""
+            return (
+                f"{event.replies} replies for step {event.step}  reward {event.reward:.4f}{kl}  "
+                f"length {event.length:.1f}  {event.tokens_per_second:,.0f} tokens/s"
+            )
+        case Warned() | MicroBatchHalved() | CheckpointingChosen():
+            chosen = isinstance(event, CheckpointingChosen)
+            return event.message if chosen else f"warning: {event.message}"
         case RunFinished():
             return (
                 f"{event.stopped_because.replace('_', ' ')} at step {event.step} after "

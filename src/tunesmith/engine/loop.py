@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
 from tunesmith.engine import random_state
+from tunesmith.engine.blocks import Blocks, Level, training_blocks
 from tunesmith.engine.checkpoint import checkpoints, prune, remove_unfinished, size_of
 from tunesmith.engine.distribution import Alone, Peers, connect, spread
 from tunesmith.engine.evaluation import measuring
 from tunesmith.engine.events import (
+    CheckpointingChosen,
     CheckpointSaved,
     Evaluated,
     Event,
@@ -29,7 +31,6 @@ from tunesmith.engine.interrupt import Interrupt
 from tunesmith.engine.memory import peak_memory
 from tunesmith.engine.optimizer import build_optimizer
 from tunesmith.engine.progress import Best, Pace, Progress
-from tunesmith.engine.recompute import recomputing
 from tunesmith.engine.schedule import factor
 from tunesmith.engine.snapshot import Training, restore, save
 from tunesmith.engine.step import Stepper, StepResult
@@ -107,19 +108,23 @@ def fit(  # noqa: PLR0913 - the sections of a run file, which belong to the call
 
     Raises:
         SpecError: the length of the run is not known, or evaluation.best is not measured.
-        ModelError: the architecture cannot do `engine.checkpointing: full`.
+        ModelError: there are no blocks that `engine.checkpointing` could recompute.
         SetupError: a device or package is missing.
         TrainingError: loss or gradient stay non-finite, or memory does not suffice.
         CheckpointError: a checkpoint cannot be written or read, or is of another run.
     """
     peers = peers or connect(engine)
     task.module.to(peers.device)
-    with recomputing(task.model, engine):
+    sharded = peers.size > 1 and engine.distribution == "fsdp"
+    with training_blocks(
+        task.model, task.block_modules, engine, device=peers.device, sharded=sharded
+    ) as blocks:
         model = spread(task.module, task.block_modules, engine, peers)
         try:
             loop = _Loop(
                 training=_begin(task, train, peers),
                 model=model,
+                blocks=blocks,
                 train=train,
                 checkpoint=checkpoint,
                 evaluation=evaluation,
@@ -170,6 +175,7 @@ def _total_steps(train: TrainSettings, rows_per_epoch: int | None, effective_bat
 class _Loop(Generic[R]):
     training: Training[R]
     model: Alone
+    blocks: Blocks
     train: TrainSettings
     checkpoint: CheckpointSettings
     evaluation: EvaluationSettings
@@ -196,6 +202,7 @@ class _Loop(Generic[R]):
         stepper = Stepper(
             self.training,
             self.model,
+            self.blocks,
             max_grad_norm=self.train.max_grad_norm,
             on_halved=self._tell_halved,
         )
@@ -231,7 +238,13 @@ class _Loop(Generic[R]):
             )
         )
         for message in changes:
-            self.emit(Warned(step=self.progress.step, message=message))
+            self._warn(message)
+        self.blocks.warn, self.blocks.choose = self._warn, self._tell_checkpointing
+        if self.blocks.has_choice:
+            self._tell_checkpointing(self.blocks.level, "memory suffices so far")
+
+    def _warn(self, message: str) -> None:
+        self.emit(Warned(step=self.progress.step, message=message))
 
     def _between_steps(self, interrupt: Interrupt) -> StopReason | None:
         """Evaluate and save where it is due, and return why to stop, if so."""
@@ -268,7 +281,13 @@ class _Loop(Generic[R]):
         task, peers, progress = self.training.task, self.training.peers, self.progress
         if task.evaluate is None:
             return
-        with self.model.whole(), measuring(task.module), random_state.preserved(peers.device):
+        # Uncompiled: every prompt has its own length, and generation a cache that grows.
+        with (
+            self.model.whole(),
+            self.blocks.plain(),
+            measuring(task.module),
+            random_state.preserved(peers.device),
+        ):
             # What the main process measured counts, so that all decide alike.
             metrics = peers.gather(task.evaluate())[0]
         best = progress.record(metrics, self.evaluation.best)
@@ -339,6 +358,16 @@ class _Loop(Generic[R]):
             f"loss {result.loss} and gradient norm {result.grad_norm} at step "
             f"{self.progress.step}, the {MAX_SKIPPED_IN_A_ROW}rd step in a row that is not finite; "
             f"{place}; lower train.learning_rate or look at the data around that step"
+        )
+
+    def _tell_checkpointing(self, level: Level, reason: str) -> None:
+        self.emit(
+            CheckpointingChosen(
+                step=self.progress.step,
+                mode=level.mode or "none",
+                share=level.share,
+                message=f"engine.checkpointing: auto takes {level}: {reason}",
+            )
         )
 
     def _tell_halved(self) -> None:

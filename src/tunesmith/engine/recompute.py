@@ -1,67 +1,108 @@
-"""Gradient checkpointing: recompute activations instead of keeping them."""
+"""Gradient checkpointing of a block: what is computed again in the backward pass, what is kept."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from tunesmith.errors import ModelError
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from tunesmith.engine.host_copies import HostCopies
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from tunesmith.engine.settings import EngineSettings
+Mode = Literal["selective", "full", "offload"]
+Recompute: TypeAlias = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
+"""Runs call(*args, **kwargs) and arranges what its backward pass finds."""
+
+KEPT: Final = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_scaled_mm",
+        "aten::_grouped_mm",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+    }
+)
+"""Operations whose results cost too much to compute twice."""
 
 
-@runtime_checkable
-class Recomputable(Protocol):
-    """What transformers' PreTrainedModel offers, without its two seconds of import."""
+def recompute_of(mode: Mode) -> Recompute:
+    """Return what runs a block so that its backward pass recomputes as `mode` says.
 
-    supports_gradient_checkpointing: bool
+    All give the gradients that keeping everything gives (Chen et al. 2016, arXiv:1604.06174):
+    full keeps the block's input, offload keeps it in the host's memory, and selective keeps besides
+    what matrix products and attention return (Korthikanti et al. 2022, arXiv:2205.05198).
+    """
+    if mode == "offload":
+        return offloaded(HostCopies())
+    return _selective if mode == "selective" else _full
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, bool]) -> None:
-        """Recompute in the backward pass from now on."""
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
+def _full(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return checkpoint(partial(call, **kwargs), *args, use_reentrant=False)
 
-    def disable_input_require_grads(self) -> None:
-        """Let the embeddings' output need no gradient."""
+
+def _selective(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(partial(call, **kwargs), *args, use_reentrant=False, context_fn=contexts)
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    del context, args, kwargs
+    keep = operation.name().partition(".")[0] in KEPT
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def offloaded(copies: HostCopies) -> Recompute:
+    """Return what keeps a block's first argument, its hidden states, in `copies` meanwhile."""
+
+    def run(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if not args or not isinstance(args[0], Tensor):
+            return _full(call, args, kwargs)
+        hidden, *others = args
+        away = copies.send(hidden)
+        first = [hidden]
+        del args
+
+        def body(place: Tensor) -> Any:
+            del place
+            # The forward pass takes the tensor itself, and lets it go; the second time the copy.
+            return call(first.pop() if first else away.fetch(), *others, **kwargs)
+
+        # An argument on the device makes checkpoint keep that device's random state.
+        return checkpoint(body, hidden.new_empty(0), use_reentrant=False)
+
+    return run
 
 
 @contextmanager
-def recomputing(model: nn.Module, settings: EngineSettings) -> Iterator[None]:
-    """Recompute activations in the backward pass, where `engine.checkpointing` says so.
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Leave the cache of keys and values off: training has no use for it.
 
-    Raises:
-        ModelError: the architecture has no blocks that it could recompute.
+    What fills a cache can neither be computed twice nor be one graph, and transformers says so at
+    every start where its default, which even encoders have, is left on.
     """
-    if settings.checkpointing == "none":
+    config: Any = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    if cached:
+        config.use_cache = False
+    try:
         yield
-        return
-    if not isinstance(model, Recomputable) or not model.supports_gradient_checkpointing:
-        raise ModelError(
-            f"engine.checkpointing: 'full' is not supported by {type(model).__name__}; use none "
-            "and a smaller train.batch_size"
-        )
-    with warnings.catch_warnings():
-        # The new name of this method is younger than the oldest transformers that is supported.
-        warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # Only reentrant checkpointing needs the embeddings' gradient; here it would drive the
-        # backward through blocks below the lowest one that trains.
-        model.disable_input_require_grads()
-        # A cache cannot be recomputed, and transformers says so at every start where its default,
-        # which even encoders have, is left as it is.
-        config: Any = getattr(model, "config", None)
-        cached = getattr(config, "use_cache", None)
+    finally:
         if cached:
-            config.use_cache = False
-        try:
-            yield
-        finally:
-            model.gradient_checkpointing_disable()
-            if cached:
-                config.use_cache = cached
+            config.use_cache = cached

@@ -90,8 +90,14 @@ class EngineSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What matrix products compute in; auto is the model's dtype, or bfloat16 under autocast where
     base weights train in float32 and the hardware does bfloat16 well."""
-    checkpointing: Literal["none", "full"] = "none"
-    """Gradient checkpointing: recompute each block's activations in the backward pass."""
+    speed: Literal["auto", "compiled", "safe"] = "auto"
+    """Compile every block of the model as one graph (compiled), or run it as it is written (safe);
+    auto compiles on CUDA. A block that is no single graph runs as it is, with a warning that says
+    why; so do all under fsdp."""
+    checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
+    """What the backward pass computes again instead of having it kept: nothing (none), all but
+    matrix products and attention (selective), whole blocks (full), whole blocks whose inputs wait
+    in the host's memory (offload). auto begins with none and goes on where memory runs out."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes the first accelerator there is."""
     distribution: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -100,6 +106,10 @@ class EngineSettings(Settings):
     padding: Literal["auto", "free", "right"] = "auto"
     """Batches without padding (segments side by side) where the model's attention allows it, or
     padded on the right."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "varlen", "math"] = "auto"
+    """On CUDA, the kernel that padding-free batches take whose segments are of one length; auto
+    measures which is fastest for the device and shape and remembers it. Other batches take the
+    one for segments of any length (varlen)."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads PyTorch may use; none leaves its default."""
 

@@ -19,6 +19,7 @@ from tunesmith.types import R
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tunesmith.engine.blocks import Blocks
     from tunesmith.engine.distribution import Alone
     from tunesmith.engine.snapshot import Training
     from tunesmith.types import Batch, LossTerms
@@ -60,12 +61,13 @@ class _Sums:
 
 
 class Stepper(Generic[R]):
-    """Takes optimiser steps; the micro-batch shrinks where memory runs out."""
+    """Takes optimiser steps; where memory runs out less is kept, and then fewer rows are taken."""
 
     def __init__(
         self,
         training: Training[R],
         model: Alone,
+        blocks: Blocks,
         *,
         max_grad_norm: float | None,
         on_halved: Callable[[], None],
@@ -76,6 +78,7 @@ class Stepper(Generic[R]):
         self.progress = training.progress
         self.parameters = list(training.trainable.values())
         self.model = model
+        self.blocks = blocks
         self.max_grad_norm = max_grad_norm
         self.on_halved = on_halved
 
@@ -89,7 +92,7 @@ class Stepper(Generic[R]):
         """
         mine = rows[self.peers.rank :: self.peers.size]
         while (result := self._gradients(mine)) is None:
-            self._halve()
+            self._need_less()
         if result.finite:
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
@@ -146,6 +149,7 @@ class Stepper(Generic[R]):
         Gradients are averaged over processes, so the share is scaled up by their number.
         """
         device, dtype = self.peers.device, self.task.autocast_dtype
+        self.blocks.see(batch)
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             terms = self.model(self.peers.to_device(batch))
         sums.add(terms)
@@ -176,15 +180,22 @@ class Stepper(Generic[R]):
                 "train.accumulation_steps"
             ) from error
 
-    def _halve(self) -> None:
+    def _need_less(self) -> None:
+        """Make the same step fit into less memory.
+
+        Raises:
+            TrainingError: nothing is left to save.
+        """
         self.clear()
         self.model.give_up()
         if self.peers.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self.blocks.keep_less("memory ran out"):
+            return
         if self.progress.micro_batch == 1:
             raise TrainingError(
                 "out of memory with a single row in the micro-batch; set engine.checkpointing: "
-                "full, lower data.max_length, or use a smaller model or dtype"
+                "auto, lower data.max_length, or use a smaller model or dtype"
             )
         self.progress.micro_batch //= 2
         self.on_halved()

@@ -15,7 +15,8 @@ from tunesmith.errors import MethodError, ModelError, SpecError
 from tunesmith.jobs.comparison_spec import METHODS
 from tunesmith.jobs.default_run import Purpose, default_run
 from tunesmith.jobs.evidence import Evidence, known_evidence
-from tunesmith.jobs.plan import Plan, plan, remedies
+from tunesmith.jobs.plan import Plan, plan
+from tunesmith.jobs.remedies import remedies
 from tunesmith.measure.memory_plan import bytes_of
 from tunesmith.report import words
 from tunesmith.report.findings import Findings, FoundRow

@@ -11,23 +11,30 @@ from torch import nn
 
 from tunesmith.data.collate import Collator
 from tunesmith.data.collate_pairs import PairCollator
+from tunesmith.data.collate_replies import ReplyCollator
+from tunesmith.data.pairs_collate import JudgedCollator
 from tunesmith.errors import ModelError, SpecError
+from tunesmith.jobs.base import load_base
 from tunesmith.jobs.labelled import (
     check_lengths,
     classifies,
+    compares,
     head_of_run,
     labelled_collator,
     read_data,
     reads_rows,
     require_padding,
 )
+from tunesmith.jobs.reference import completion_of
+from tunesmith.jobs.roles import with_roles
 from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.attention import enable_segments
 from tunesmith.models.chat import prepare_tokenizer
 from tunesmith.models.encoder_decoder import start_token
-from tunesmith.models.loading import load_model, load_tokenizer
+from tunesmith.models.loading import load_tokenizer
 from tunesmith.models.precision import DTYPES, best_dtype
 from tunesmith.models.quantize import require_quantiser
+from tunesmith.objectives.sampling import FromReplies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,13 +58,22 @@ SECONDS_BETWEEN_LINES = 3.0
 class Program(nn.Module):
     """Model and objective as one module, so that wrappers see the whole forward, loss included."""
 
-    def __init__(self, model: PreTrainedModel, objective: ObjectiveUnion) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: ObjectiveUnion,
+        complete: Callable[[Batch], Batch] | None = None,
+    ) -> None:
+        """Take model and objective, and what puts a frozen model's word into a batch, if any."""
         super().__init__()
         self.model = model
         self.objective = objective
+        self._complete = complete
 
     def forward(self, batch: Batch) -> LossTerms:
         """Return the summed loss of `batch`."""
+        if self._complete is not None:
+            batch = self._complete(batch)
         return self.objective.loss(self.model, batch)
 
 
@@ -88,7 +104,7 @@ class Assembled:
     tokenizer: PreTrainedTokenizerFast
     facts: TokenizerFacts
     data: PreparedData
-    collate: Collator | PairCollator | LabelledCollator
+    collate: Collator | PairCollator | LabelledCollator | JudgedCollator | ReplyCollator
     autocast_dtype: torch.dtype | None
     """What the forward computes in under autocast; None leaves the model's own dtype."""
 
@@ -117,18 +133,16 @@ def assemble(run: Run, peers: Peers, progress: Callable[[str], None]) -> Assembl
     run, data = read_data(run, tokenizer, _every_few_seconds(progress))
     progress("loading the model")
     dtypes = choose_dtypes(run, peers.device)
-    model = load_model(
-        run.model, device=peers.device, dtype=dtypes.weights, head=head_of_run(run)
-    ).model
+    model = load_base(run.model, device=peers.device, dtype=dtypes.weights, head=head_of_run(run))
     padding = choose_padding(run, model)
     progress("attaching the method")
-    tuned = attach_seeded(model, run)
+    tuned = with_roles(attach_seeded(model, run), run)
     check_lengths(run, model, data)
     mixed = any(part.attachment.trains_base for part in tuned.parts)
     return Assembled(
         run=run,
         tuned=tuned,
-        program=Program(model, run.objective),
+        program=Program(model, run.objective, completion_of(run, tuned)),
         tokenizer=tokenizer,
         facts=facts,
         data=data,
@@ -183,7 +197,7 @@ def assembled_from(loaded: LoadedRun, data: PreparedData) -> Assembled:
     return Assembled(
         run=loaded.run,
         tuned=loaded.tuned,
-        program=Program(model, loaded.run.objective),
+        program=Program(model, loaded.run.objective, completion_of(loaded.run, loaded.tuned)),
         tokenizer=loaded.tokenizer,
         facts=facts,
         data=data,
@@ -194,6 +208,8 @@ def assembled_from(loaded: LoadedRun, data: PreparedData) -> Assembled:
 
 def attach_seeded(model: PreTrainedModel, run: Run) -> TunedModel:
     """Attach the run's methods with initial weights that the run's seed decides."""
+    if not run.methods:
+        return TunedModel(model)  # asked as it is; nothing trains
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         return attach(model, *run.methods)
@@ -229,8 +245,12 @@ def choose_collator(  # noqa: PLR0917 - the parts of a run
     data: PreparedData,
     facts: TokenizerFacts,
     padding: Literal["free", "right"],
-) -> Collator | PairCollator | LabelledCollator:
+) -> Collator | PairCollator | LabelledCollator | JudgedCollator | ReplyCollator:
     """Return what makes batches of the run's rows."""
+    if isinstance(run.objective, FromReplies):
+        return ReplyCollator(facts.pad_token_id, padding)
+    if compares(run):
+        return JudgedCollator(facts.pad_token_id, padding)
     if not classifies(run):
         if model.config.is_encoder_decoder:
             return PairCollator(facts.pad_token_id, start_token(model))
@@ -252,7 +272,7 @@ def choose_padding(run: Run, model: PreTrainedModel) -> Literal["free", "right"]
         if wanted:
             raise SpecError("data.packing and engine.padding free need model.attention auto")
         return "right"
-    if enable_segments(model):
+    if enable_segments(model, run.engine.attention):
         return "free"
     if wanted:
         raise ModelError(

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from tunesmith.errors import SpecError
-from tunesmith.jobs.comparison_findings import Row, findings_of
+from tunesmith.jobs.comparison_findings import Row, findings_of, standard_error
 from tunesmith.jobs.comparison_runs import Trial, run_trials
 from tunesmith.jobs.comparison_spec import Comparison, Variant
 from tunesmith.jobs.evidence import remember
 from tunesmith.jobs.run_directory import write_json, write_text
+from tunesmith.models.skeleton import config_of, kind_of
 from tunesmith.report.comparison import write_comparison_report
 from tunesmith.report.findings import Findings
 from tunesmith.report.words import LESS_IS_BETTER, duration
@@ -46,17 +47,14 @@ class _Contest:
     """As it would be alone, with the steps it may take."""
     rates: dict[float, float] = field(default_factory=dict)
     """Learning rates tried, and the metric each reached."""
+    errors: dict[float, float] = field(default_factory=dict)
+    """Standard errors of those, from the evaluation rows alone."""
     rate: float | None = None
     """The one that goes on; None takes the default of each of several methods."""
     failed: str | None = None
     trials: list[Trial] = field(default_factory=list)
     """The finished runs of all seeds."""
     speed: Trial | None = None
-
-    @property
-    def trains(self) -> bool:
-        """Whether it takes steps; a row of features does not."""
-        return self.variant.features is None
 
 
 def compare(comparison: Comparison, source: Path, say: Say) -> Findings:
@@ -73,12 +71,12 @@ def compare(comparison: Comparison, source: Path, say: Say) -> Findings:
     Raises:
         SpecError: a row says something that no run can mean, or the budget is too small.
     """
-    contests = [_Contest(v, _prepared(comparison, v, source)) for v in comparison.rows()]
+    contests = [_Contest(v, prepared(comparison, v, source)) for v in comparison.rows()]
     metric = comparison.metric or _metric(contests[0].run)
     comparison.directory.mkdir(parents=True, exist_ok=True)
     write_text(comparison.directory / "comparison.yaml", comparison.to_yaml())
     stage = _Stage(comparison, metric, say)
-    training = [contest for contest in contests if contest.trains]
+    training = [contest for contest in contests if contest.variant.trains]
     if comparison.budget is not None and training:
         _allot(stage, training, comparison.budget)
     _search(stage, training)
@@ -146,10 +144,23 @@ class _Stage:
         return "not measured" if value is None else f"{self.metric} {value:.4g}"
 
 
-def _prepared(comparison: Comparison, variant: Variant, source: Path) -> Run:
-    """Return a row's run, in the comparison's directory."""
+def prepared(comparison: Comparison, variant: Variant, source: Path) -> Run:
+    """Return a row's run, in the comparison's directory.
+
+    What a language model forgets of general text is measured unless the run says otherwise.
+    """
     run = comparison.run_of(variant, source)
-    return run.model_copy(update={"output": str(comparison.directory / variant.title)})
+    evaluation = run.evaluation
+    if "general" not in evaluation.model_fields_set and _continues_text(run):
+        evaluation = evaluation.model_copy(update={"general": "bundled"})
+    return run.model_copy(
+        update={"output": str(comparison.directory / variant.title), "evaluation": evaluation}
+    )
+
+
+def _continues_text(run: Run) -> bool:
+    """Return whether the run's model is one for which the loss on plain text means something."""
+    return run.objective.head == "causal_lm" and kind_of(config_of(run.model)) == "decoder"
 
 
 def _metric(run: Run) -> str:
@@ -235,13 +246,14 @@ def _search(stage: _Stage, contests: Sequence[_Contest]) -> None:
             value = stage.value(trial) if trial in finished else None
             if value is not None:
                 contest.rates[rate] = value
+                contest.errors[rate] = standard_error(trial.directory, stage.metric)
             elif not contest.rates:
                 contest.failed = trial.why_failed() or f"{stage.metric} was not measured"
         asked = {id(c): edge for c in contests if (edge := _beyond(c, stage.metric))}
     for contest in contests:
         if contest.rates:
             contest.failed = None
-            contest.rate = _best_rate(contest.rates, stage.metric)
+            contest.rate = safe_rate(contest.rates, contest.errors, stage.metric)
 
 
 def _rate_trial(contest: _Contest, rate: float) -> Trial:
@@ -258,6 +270,21 @@ def _best_rate(rates: dict[float, float], metric: str) -> float:
     return better(rates, key=lambda rate: rates[rate])
 
 
+def safe_rate(rates: dict[float, float], errors: dict[float, float], metric: str) -> float:
+    """Return the lowest rate that is within one standard error of the best.
+
+    (Breiman et al. 1984, section 3.4.3.) A trial takes a third of the steps, so what luck alone put
+    first there may be a rate at which the whole run fails.
+
+    Args:
+        rates: what `metric` came to at each rate.
+        errors: its standard error at each.
+        metric: its name, which says whether less of it is better.
+    """
+    best = _best_rate(rates, metric)
+    return min(r for r, value in rates.items() if abs(value - rates[best]) <= errors[best])
+
+
 def _beyond(contest: _Contest, metric: str) -> list[float]:
     """Return the next rate where the best one is at the edge of those tried."""
     if len(contest.rates) < 2:
@@ -271,7 +298,11 @@ def _beyond(contest: _Contest, metric: str) -> list[float]:
 def _train_seed(stage: _Stage, contests: Sequence[_Contest], number: int) -> None:
     """Train every row with its rate and one seed, judged by rows no rate was chosen on."""
     rows = "odd" if stage.comparison.learning_rates > 1 else "all"
-    running = [contest for contest in contests if contest.failed is None]
+    running = [
+        contest
+        for contest in contests
+        if contest.failed is None and (number == 0 or contest.variant.depends_on_seed)
+    ]
     timed = number == 0 and stage.comparison.jobs == 1  # else nothing says who is beside it
     trials = [_seed_trial(contest, number, rows, timed=timed) for contest in running]
     finished = stage.run(f"training, seed {number + 1} of {stage.comparison.seeds},", trials)
@@ -289,7 +320,8 @@ def _seed_trial(contest: _Contest, number: int, rows: str, *, timed: bool) -> Tr
         contest.run, f"seed-{seed}", {"learning_rate": contest.rate}, evaluation
     ).model_copy(update={"seed": seed})
     # What the first seed trained can be tried out; of the others the numbers are kept.
-    return Trial(contest.variant.title, run, keep=number == 0, features=contest.variant.features)
+    variant = contest.variant
+    return Trial(variant.title, run, number == 0, variant.features, variant.prompting)
 
 
 def _measure_speed(stage: _Stage, contests: Sequence[_Contest]) -> None:

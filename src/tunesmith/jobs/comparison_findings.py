@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.measure.paired import Statistic, interval_of, over_seeds, resampled, two_sided_p
-from tunesmith.measure.text import bleu
+from tunesmith.jobs.comparison_statistics import statistic_of
+from tunesmith.measure.paired import interval_of, over_seeds, resampled, two_sided_p
 from tunesmith.report.findings import Findings, FoundRow
 from tunesmith.report.record import read_record
 from tunesmith.report.words import LESS_IS_BETTER
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 RESAMPLES = 1000
 CORPUS_RESAMPLES = 200
 """For corpus BLEU, which is computed anew on every resample."""
+ERROR_RESAMPLES = 50
+"""For a standard error, which needs fewer than an interval's ends."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,17 @@ def _found(row: Row, metric: str) -> FoundRow:
         device_bytes=max((s["peak_device_bytes"] or 0 for s in summaries), default=0) or None,
         general_before=float(np.mean([g["before"] for g in general])) if general else None,
         general_after=float(np.mean([g["after"] for g in general])) if general else None,
+        prompt_tokens=_tokens_added(summaries),
+        merges=first.get("merges"),
         steps=first["steps"],
         curve=read_record(row.runs[0].path).course("loss"),
     )
+
+
+def _tokens_added(summaries: Sequence[dict[str, Any]]) -> float | None:
+    """Return what the examples of a row that prompts add to a prompt, mean over its seeds."""
+    added = [s["prompting"]["tokens_added"] for s in summaries if "prompting" in s]
+    return float(np.mean(added)) if added else None
 
 
 def _timed(row: FoundRow, summary: dict[str, Any], *, steps: int) -> FoundRow:
@@ -109,7 +119,7 @@ def _resampled(rows: Sequence[Row], metric: str) -> dict[str, NDArray[np.float64
         for row in rows
     }
     statistics = {
-        name: [s for o in each if (s := _statistic(o, metric)) is not None]
+        name: [s for o in each if (s := statistic_of(o, metric)) is not None]
         for name, each in outcomes.items()
     }
     lengths = {length for each in statistics.values() for _, length in each}
@@ -126,18 +136,17 @@ def _resampled(rows: Sequence[Row], metric: str) -> dict[str, NDArray[np.float64
     return found
 
 
-def _statistic(outcomes: dict[str, Any], metric: str) -> tuple[Statistic, int] | None:
-    """Return what computes the metric on chosen rows, and how many rows there are."""
-    if (scores := outcomes.get(metric)) is not None:
-        values = np.asarray(scores, dtype=np.float64)
-        return (lambda chosen: float(values[chosen].mean())), len(values)
-    if metric == "bleu" and outcomes.get("replies"):
-        replies, references = outcomes["replies"], outcomes["references"]
-        return (
-            lambda chosen: bleu([replies[i] for i in chosen], [references[i] for i in chosen]),
-            len(replies),
-        )
-    return None
+def standard_error(run: RunDirectory, metric: str) -> float:
+    """Return the standard error of a run's metric by the bootstrap over its evaluation rows.
+
+    0 where nothing is known of each row.
+    """
+    if not run.outcomes.exists():
+        return 0.0
+    found = statistic_of(run.read_json(run.outcomes), metric)
+    if found is None or found.rows < 1:
+        return 0.0
+    return float(resampled([found.on], found.rows, resamples=ERROR_RESAMPLES).std())
 
 
 def _untuned(rows: Sequence[Row], metric: str) -> list[FoundRow]:

@@ -15,15 +15,19 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, Final
 
-from tunesmith.errors import TunesmithError
-from tunesmith.jobs.features_spec import FeatureRun
+import yaml
+from pydantic import ValidationError
+
+from tunesmith.errors import SpecError, TunesmithError
+from tunesmith.jobs.features_spec import FeatureRun, FeatureSettings
+from tunesmith.jobs.prompting_spec import PromptingRun, PromptingSettings
 from tunesmith.jobs.run_directory import RunDirectory, write_text
+from tunesmith.spec import validate
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
     from pathlib import Path
 
-    from tunesmith.jobs.features_spec import FeatureSettings
     from tunesmith.spec import Run
 
 _WATCH_SECONDS: Final = 2.0
@@ -40,6 +44,8 @@ class Trial:
     """Whether what it trained is kept; a trial of a learning rate leaves its numbers only."""
     features: FeatureSettings | None = None
     """Of a row that trains nothing: how it classifies instead."""
+    prompting: PromptingSettings | None = None
+    """Of a row that trains nothing: how it asks the model instead."""
 
     @property
     def directory(self) -> RunDirectory:
@@ -63,15 +69,35 @@ class Trial:
 
     def to_yaml(self) -> str:
         """Return the file that says exactly what is asked for."""
-        if self.features is None:
-            return self.run.to_yaml()
-        return FeatureRun(self.run, self.features).to_yaml()
+        if self.features is not None:
+            return FeatureRun(self.run, self.features).to_yaml()
+        if self.prompting is not None:
+            return PromptingRun(self.run, self.prompting).to_yaml()
+        return self.run.to_yaml()
 
     def finished(self) -> bool:
         """Return whether exactly this run lies there whole."""
         if not (self.directory.summary.is_file() and self.asked.is_file()):
             return False
-        return self.asked.read_text(encoding="utf-8") == self.to_yaml()
+        return self._filled(self.asked.read_text(encoding="utf-8")) == self.to_yaml()
+
+    def _filled(self, asked: str) -> str | None:
+        """Return what `asked` says with the defaults of settings that came later; None for none.
+
+        So a run that an earlier version finished still is this one, if no setting says otherwise.
+        """
+        try:
+            values = yaml.safe_load(asked)
+            features, prompting = values.pop("features", None), values.pop("prompting", None)
+            return Trial(
+                self.row,
+                validate(values, source=str(self.asked), lines={}),
+                self.keep,
+                None if features is None else FeatureSettings.model_validate(features),
+                None if prompting is None else PromptingSettings.model_validate(prompting),
+            ).to_yaml()
+        except (yaml.YAMLError, AttributeError, SpecError, ValidationError):
+            return None
 
     def why_failed(self) -> str | None:
         """Return what the run said when it failed, or None."""
@@ -159,11 +185,16 @@ def _train(trial: Trial) -> None:
 
 
 def _work(trial: Trial) -> None:
-    """Train, or learn from features; what this needs is imported in the trial's process only."""
+    """Train, or do instead what the row says; what it needs is imported in its own process only."""
     if trial.features is not None:
         from tunesmith.jobs.features import learn_from_features
 
         learn_from_features(FeatureRun(trial.run, trial.features), print, overwrite=True)
+        return
+    if trial.prompting is not None:
+        from tunesmith.jobs.prompting import ask
+
+        ask(PromptingRun(trial.run, trial.prompting), print, overwrite=True)
         return
     from tunesmith.jobs.train import train
 

@@ -6,7 +6,7 @@ import copy
 import re
 import typing
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from tunesmith.errors import SpecError
 from tunesmith.jobs.default_run import default_run
 from tunesmith.jobs.features_spec import FeatureSettings
+from tunesmith.jobs.prompting_spec import PromptingSettings
 from tunesmith.methods import MethodUnion
 from tunesmith.settings import Settings
 from tunesmith.spec import Run, apply_override, load_run_file, read_values, validate
@@ -25,6 +26,8 @@ METHODS = tuple(
     kind.model_fields["name"].default for kind in typing.get_args(typing.get_args(MethodUnion)[0])
 )
 """Every method's name."""
+FEW: Final = 4
+"""Examples of the row of few-shot prompting that comes along with all methods."""
 
 
 class Variant(Settings):
@@ -36,15 +39,30 @@ class Variant(Settings):
     """The method: its name, its settings with `name`, or a list of several; none is the run's."""
     features: FeatureSettings | None = None
     """Instead of a method: classify by the frozen model's features, without training."""
+    prompting: PromptingSettings | None = None
+    """Instead of a method: ask the untrained model, a decoder, perhaps with examples."""
     set: list[str] = Field(default_factory=list)
     """Further settings over the run's, as on the command line: `train.batch_size=32`."""
 
     @model_validator(mode="after")
     def _trains_or_not(self) -> Self:
         """Refuse a row that is to train and not to."""
-        if self.features is not None and self.method is not None:
-            raise ValueError("a row has a method or features, not both; make two rows of them")
+        given = [
+            name for name in ("method", "features", "prompting") if getattr(self, name) is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"a row has {' or '.join(given)}, not both; make two rows of them")
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether a row takes training steps."""
+        return self.features is None and self.prompting is None
+
+    @property
+    def depends_on_seed(self) -> bool:
+        """Whether another seed can give another number."""
+        return self.prompting is None or self.prompting.shots > 0
 
     @property
     def title(self) -> str:
@@ -53,6 +71,8 @@ class Variant(Settings):
             return self.name
         if self.features is not None:
             return "features"
+        if self.prompting is not None:
+            return f"{self.prompting.shots or 'zero'}-shot"
         methods = self.method if isinstance(self.method, list) else [self.method]
         names = [m if isinstance(m, str) else (m or {}).get("name", "lora") for m in methods]
         return "+".join(names)
@@ -122,7 +142,9 @@ class Comparison(Settings):
         if isinstance(self.run, dict):
             return copy.deepcopy(self.run)
         beside = source.parent / self.run
-        return load_run_file(beside if beside.exists() else self.run).model_dump(mode="json")
+        run = load_run_file(beside if beside.exists() else self.run)
+        # What it does not say is left open, so that a comparison's own defaults can act.
+        return run.model_dump(mode="json", exclude_unset=True)
 
     def run_of(self, variant: Variant, source: Path) -> Run:
         """Return the run of one row, as it would be alone.
@@ -152,8 +174,18 @@ def load_comparison(path: str | Path, overrides: list[str] | None = None) -> Com
     Raises:
         SpecError: the file is missing or says something that no comparison can mean.
     """
+    if not Path(path).is_file():
+        raise SpecError(
+            f"{path}: no such comparison file; `ls examples/compare-*` shows some, and --model "
+            "with --data compares without a file"
+        )
     values, _ = read_values(path, overrides or [])
     values.setdefault("name", Path(path).stem)
+    if "run" not in values and {"model", "data"} & set(values):
+        raise SpecError(
+            f"{path}: is a run file, and a comparison file holds a run under `run` and the methods "
+            "to compare; `tunesmith train` runs this one"
+        )
     return checked(values, source=str(path))
 
 
@@ -182,12 +214,14 @@ def comparison_from(
     if model is None or data is None:
         raise SpecError("give a comparison file, or --model and --data")
     purpose = default_run(model, data)
-    values = {
+    values: dict[str, Any] = {
         "name": f"compare-{Path(model).name}",
         "run": purpose.settings,
         "metric": purpose.metric,
         "methods": "all" if methods == "all" else methods.split(","),
     }
+    if methods == "all" and purpose.task == "sft" and purpose.kind == "decoder":
+        values["variants"] = [{"prompting": {"shots": shots}} for shots in (0, FEW)]
     for override in overrides:
         apply_override(values, override, {})
     return checked(values, source="the command line"), Path("command line")

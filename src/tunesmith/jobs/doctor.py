@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tunesmith.engine.distribution import connect
 from tunesmith.engine.settings import EngineSettings
 from tunesmith.errors import TunesmithError
+from tunesmith.jobs.doctor_graphs import graph_checks
 from tunesmith.jobs.environment import hardware, package_versions
 from tunesmith.methods import LoRA
 from tunesmith.methods.tuned import attach
@@ -33,11 +34,13 @@ SIZE = 1024
 """Side of the matrices that time a dtype."""
 
 
-def diagnose(model: str | None = None) -> list[Proof]:
+def diagnose(model: str | None = None, method: str = "lora") -> list[Proof]:
     """Return what was checked: versions, devices, dtypes, the cache, and one training step.
 
     Args:
-        model: also take a training step on this model (path, zoo name or Hub id).
+        model: also take a training step on this model (path, zoo name or Hub id), and see whether
+            its blocks compile.
+        method: whose modules are in the blocks then.
     """
     device = connect(EngineSettings()).device
     checks = [
@@ -53,7 +56,15 @@ def diagnose(model: str | None = None) -> list[Proof]:
     ]
     if model is not None:
         checks.append(_attempt(f"one step on {model}", lambda: _model_step(model, device)))
+        checks += _graph_checks(model, method, device)
     return checks
+
+
+def _graph_checks(model: str, method: str, device: torch.device) -> list[Proof]:
+    try:
+        return graph_checks(model, method, device)
+    except (TunesmithError, OSError, RuntimeError) as error:
+        return [Proof(f"one graph: {model} with {method}", False, str(error).splitlines()[0])]
 
 
 def _listed(versions: Mapping[str, object]) -> str:

@@ -10,6 +10,7 @@ from tunesmith.errors import DataError
 from tunesmith.jobs.assemble import assembled_from
 from tunesmith.jobs.examine_labels import examiner_of
 from tunesmith.jobs.labelled import read_data
+from tunesmith.jobs.reference import with_reference
 from tunesmith.jobs.result import load_run
 from tunesmith.jobs.run_directory import write_json
 
@@ -41,7 +42,8 @@ def evaluate(
     """
     loaded = load_run(path, overrides)
     prepared = _prepare(loaded, data)
-    examiner = examiner_of(assembled_from(loaded, prepared), loaded.peers)
+    assembled = with_reference(assembled_from(loaded, prepared), loaded.peers)
+    examiner = examiner_of(assembled, loaded.peers)
     metrics = {}
     if base:
         with loaded.tuned.disabled():

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
+from torch import nn
 
 from tunesmith.engine.evaluation import mean_loss
 from tunesmith.engine.events import Listener, Sampled
 from tunesmith.errors import SpecError
 from tunesmith.measure.choices import choose
 from tunesmith.measure.text import bleu, exact_match, rouge_l
+from tunesmith.objectives import SFT
 from tunesmith.rollout.generate import generate
 
 if TYPE_CHECKING:
-    from tunesmith.data.rows import Prompt
+    from tunesmith.data.rows import Prompt, TokenRow
     from tunesmith.engine.distribution import Peers
     from tunesmith.engine.settings import EvaluationSettings
-    from tunesmith.jobs.assemble import Assembled
-    from tunesmith.types import JSON
+    from tunesmith.jobs.assemble import Assembled, Program
+    from tunesmith.objectives.sft import SampleLosses
+    from tunesmith.types import JSON, Batch, Collate, LossTerms
 
 SCORES = {"bleu": bleu, "rouge_l": rouge_l, "exact_match": exact_match}
 """Metrics of generated replies: replies and each one's references to a number."""
@@ -39,6 +42,29 @@ class Reply:
     reply: str
 
 
+class NotingLosses(nn.Module):
+    """A program of `sft` that also notes what each sample adds to the loss."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self._noted: list[SampleLosses] = []
+
+    def forward(self, batch: Batch) -> LossTerms:
+        """Return the summed loss of `batch`."""
+        objective = self.program.objective
+        assert isinstance(objective, SFT)  # noqa: S101 - made for no other
+        terms, losses = objective.loss_by_sample(self.program.model, batch)
+        self._noted.append(losses)
+        return terms
+
+    def batches(self) -> list[list[tuple[float, int]]]:
+        """Return nats and supervised tokens of each sample, batch by batch."""
+        return [
+            list(zip(nats.tolist(), tokens.tolist(), strict=True)) for nats, tokens in self._noted
+        ]
+
+
 @dataclass
 class Examiner:
     """Measures the assembled model as it is; call it as often as wanted."""
@@ -49,8 +75,8 @@ class Examiner:
     replies: list[Reply] = field(default_factory=list, init=False)
     """The replies of the last examination: the first `evaluation.samples` prompts."""
     outcomes: dict[str, JSON] = field(default_factory=dict, init=False)
-    """Of the last examination, what each prompt scored: metric to scores; and for metrics of a
-    whole corpus `replies` and `references`."""
+    """Of the last examination, what each row or prompt scored: metric to scores, or to `totals` and
+    `counts` whose sums the metric is the ratio of; for BLEU `replies` and `references`."""
 
     def __post_init__(self) -> None:
         """Check that what is to be measured can be.
@@ -76,25 +102,38 @@ class Examiner:
             step: tells the listeners of the sample replies under this step.
         """
         settings, data = self.assembled.run.evaluation, self.assembled.data
-        metrics = mean_loss(
-            self.assembled.program,
-            chosen(data.evaluation, settings),
-            self.assembled.collate,
-            batch_size=settings.batch_size,
-            peers=self.peers,
-            autocast_dtype=self.assembled.autocast_dtype,
-        )
+        self.outcomes = {}
+        metrics = self._losses(chosen(data.evaluation, settings))
         # The objective calls it accuracy; beside the accuracy of choices it needs a fuller name.
         if "accuracy" in metrics:
             metrics["token_accuracy"] = metrics.pop("accuracy")
         prompts = chosen(data.prompts, settings)
-        self.outcomes = {}
         with self._autocast():
             if "accuracy" in settings.metrics:
                 metrics["accuracy"] = self._accuracy(prompts)
             metrics |= self._score_replies(prompts)
         if step is not None and self.peers.is_main:
             self._tell(step)
+        return metrics
+
+    def _losses(self, rows: Sequence[TokenRow]) -> dict[str, float]:
+        """Return the loss and the objective's metrics; keep what each row adds to the loss."""
+        program = self.assembled.program
+        noting = NotingLosses(program) if isinstance(program.objective, SFT) else None
+        metrics = mean_loss(
+            noting or program,
+            rows,
+            cast("Collate[TokenRow]", self.assembled.collate),
+            batch_size=self.assembled.run.evaluation.batch_size,
+            peers=self.peers,
+            autocast_dtype=self.assembled.autocast_dtype,
+        )
+        if noting is not None:
+            batches = interleave(self.peers.gather(noting.batches()))
+            self.outcomes["loss"] = {
+                "totals": [nats for batch in batches for nats, _ in batch],
+                "counts": [tokens for batch in batches for _, tokens in batch],
+            }
         return metrics
 
     def _score_replies(self, prompts: Sequence[Prompt]) -> dict[str, float]:

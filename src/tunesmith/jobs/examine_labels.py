@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from tunesmith.engine.evaluation import measuring
 from tunesmith.errors import SpecError
 from tunesmith.jobs.examine import Examiner, Reply, chosen, shown
+from tunesmith.jobs.examine_rewards import RewardExaminer
 from tunesmith.jobs.labelled import classifies
 from tunesmith.measure import classification as measure
+from tunesmith.measure.classification import sigmoid, softmax
+from tunesmith.measure.entities import count_entities, marks_entities, total
 from tunesmith.measure.intervals import wilson_interval
-from tunesmith.objectives import Classification, TokenClassification
+from tunesmith.objectives import Classification, Reward, TokenClassification
 from tunesmith.types import IGNORE
 
 if TYPE_CHECKING:
@@ -25,8 +28,9 @@ if TYPE_CHECKING:
     from tunesmith.engine.distribution import Peers
     from tunesmith.jobs.assemble import Assembled
     from tunesmith.measure.intervals import Interval
-    from tunesmith.types import JSON
+    from tunesmith.types import JSON, Batch, Collate
 
+Losses: TypeAlias = list[tuple[float, float]]
 LARGEST_MATRIX = 50
 """Classes up to which a confusion matrix is kept."""
 
@@ -35,11 +39,17 @@ LARGEST_MATRIX = 50
 class Judged:
     """What a model put out for some rows, and what is true of them."""
 
-    loss: float
+    losses: Losses
+    """Of each row what it adds to the loss, and to what that is divided by."""
     logits: list[NDArray[np.float32]]
     """Of each row (classes,), or of each labelled token, (tokens, classes)."""
     targets: list[NDArray[Any]]
     """In the same order."""
+
+    @property
+    def loss(self) -> float:
+        """The mean over all that is counted."""
+        return sum(total for total, _ in self.losses) / max(sum(c for _, c in self.losses), 1e-12)
 
 
 @dataclass(frozen=True)
@@ -69,9 +79,23 @@ def judge_classes(
     }
     return JudgedClasses(
         metrics,
-        {"accuracy": right.astype(float).tolist()},
+        {"accuracy": right.astype(float).tolist(), **_predictions("classes", true, predicted)},
         {"intervals": intervals, **_confusion(true, predicted, labels)},
     )
+
+
+def _predictions(
+    kind: Literal["classes", "sets", "numbers"], true: NDArray[Any], predicted: NDArray[Any]
+) -> dict[str, JSON]:
+    """Return what is kept for metrics that are no mean over rows."""
+    return {
+        "predictions": {"kind": kind, "true": true.tolist(), "predicted": predicted.tolist()},
+    }
+
+
+def _ratios(totals: Iterable[float], counts: Iterable[float]) -> JSON:
+    """Return what is kept for a metric that is a ratio of sums over rows."""
+    return {"totals": list(map(float, totals)), "counts": list(map(float, counts))}
 
 
 def _intervals(
@@ -138,31 +162,43 @@ class LabelExaminer:
         del step  # replies are told by the one who asks
         settings, data = self.assembled.run.evaluation, self.assembled.data
         judged = self.judge(chosen(data.evaluation, settings))
-        return {"loss": judged.loss} | self._measured(judged, chosen(list(data.examples), settings))
+        measured = self._measured(judged, chosen(list(data.examples), settings))
+        self.outcomes["loss"] = _ratios(*zip(*judged.losses, strict=True))
+        return {"loss": judged.loss} | measured
 
     def judge(self, rows: Sequence[TokenRow]) -> Judged:
         """Return loss, outputs and truth of `rows`; each process judges its share."""
         size = self.assembled.run.evaluation.batch_size
         objective, program = self.objective, self.assembled.program
         dtype, device = self.assembled.autocast_dtype, self.peers.device
-        mine: list[tuple[int, list[NDArray[np.float32]], list[NDArray[Any]]]] = []
-        total = count = 0.0
+        mine: list[tuple[int, Losses, list[NDArray[np.float32]], list[NDArray[Any]]]] = []
+        collate = cast("Collate[TokenRow]", self.assembled.collate)
         with measuring(program):
             for start in range(0, len(rows), size)[self.peers.rank :: self.peers.size]:
                 some = list(rows[start : start + size])
-                batch = self.peers.to_device(self.assembled.collate(some))
+                batch = self.peers.to_device(collate(some))
                 with torch.autocast(device.type, dtype) if dtype else nullcontext():
                     logits = objective.logits(program.model, batch)
-                    terms = objective.loss_of(logits, batch)
-                total, count = total + float(terms.total), count + terms.count
-                mine.append((start, *_rows_of(logits, batch["labels"])))
-        shares = self.peers.gather((mine, total, count))
-        parts = sorted((p for share, _, _ in shares for p in share), key=lambda part: part[0])
+                    losses = self._losses(logits, batch)
+                mine.append((start, losses, *_rows_of(logits, batch["labels"])))
+        shares = self.peers.gather(mine)
+        parts = sorted((part for share in shares for part in share), key=lambda part: part[0])
         return Judged(
-            sum(t for _, t, _ in shares) / max(sum(c for _, _, c in shares), 1e-12),
-            [row for _, logits, _ in parts for row in logits],
-            [row for _, _, targets in parts for row in targets],
+            [row for _, losses, _, _ in parts for row in losses],
+            [row for _, _, logits, _ in parts for row in logits],
+            [row for _, _, _, targets in parts for row in targets],
         )
+
+    def _losses(self, logits: torch.Tensor, batch: Batch) -> Losses:
+        """Return what each row of a batch adds to the loss, and what that is divided by."""
+        # On the CPU, where a row at a time costs little and waits for nothing.
+        own = {key: batch[key].cpu() for key in ("labels", "class_weights") if key in batch}
+        outputs, labels = logits.float().cpu(), own["labels"]
+        terms = [
+            self.objective.loss_of(outputs[i : i + 1], own | {"labels": labels[i : i + 1]})
+            for i in range(len(labels))
+        ]
+        return [(float(term.total), term.count) for term in terms]
 
     def _measured(self, judged: Judged, asked: Sequence[Prompt | None]) -> dict[str, float]:
         objective = self.objective
@@ -193,17 +229,49 @@ class LabelExaminer:
     def _of_tokens(self, judged: Judged) -> dict[str, float]:
         true = np.concatenate(judged.targets)
         predicted = np.concatenate(judged.logits).argmax(axis=1)
-        # Tokens of one text hang together, so the scores, and what is drawn again, are texts.
-        rows = [
-            float((logits.argmax(axis=1) == target).mean())
-            for logits, target in zip(judged.logits, judged.targets, strict=True)
-            if len(target)
-        ]
-        self.outcomes = {"accuracy": list(rows)}
+        # Words of one text hang together, so the scores, and what is drawn again, are texts.
+        said = [logits.argmax(axis=1) for logits in judged.logits]
+        right = [int((one == other).sum()) for one, other in zip(said, judged.targets, strict=True)]
+        self.outcomes = {
+            "accuracy": _ratios(right, map(len, said)),
+            "predictions": {
+                "kind": "words",
+                "true": [row.tolist() for row in judged.targets],
+                "predicted": [row.tolist() for row in said],
+            },
+        }
         self.evidence = _confusion(true, predicted, self.objective.labels or [])
         return {
             "accuracy": measure.accuracy(true, predicted),
             "macro_f1": measure.macro_f1(true, predicted),
+            **self._of_entities(judged.targets, said),
+        }
+
+    def _of_entities(
+        self, true: Sequence[NDArray[Any]], predicted: Sequence[NDArray[Any]]
+    ) -> dict[str, float]:
+        """Return F1, precision and recall of entities, where the labels are IOB2 tags."""
+        labels = self.objective.labels or []
+        if not marks_entities(labels):
+            return {}
+        counts = [
+            count_entities([labels[i] for i in one], [labels[i] for i in other])
+            for one, other in zip(true, predicted, strict=True)
+        ]
+        self.outcomes["entity_f1"] = _ratios(
+            (2 * c.right for c in counts), (c.predicted + c.true for c in counts)
+        )
+        self.outcomes["entity_precision"] = _ratios(
+            (c.right for c in counts), (c.predicted for c in counts)
+        )
+        self.outcomes["entity_recall"] = _ratios(
+            (c.right for c in counts), (c.true for c in counts)
+        )
+        whole = total(counts)
+        return {
+            "entity_f1": whole.f1,
+            "entity_precision": whole.precision,
+            "entity_recall": whole.recall,
         }
 
     def _of_sets(self, judged: Judged) -> dict[str, float]:
@@ -211,7 +279,13 @@ class LabelExaminer:
         probability = sigmoid(np.stack(judged.logits))
         given = probability > 0.5
         best = measure.best_threshold(true, probability)
-        self.outcomes = {"exact_match": (true == given).all(axis=1).astype(float).tolist()}
+        self.outcomes = {
+            "exact_match": (true == given).all(axis=1).astype(float).tolist(),
+            "micro_f1": _ratios(
+                2 * (true & given).sum(axis=1), true.sum(axis=1) + given.sum(axis=1)
+            ),
+            **_predictions("sets", true, given),
+        }
         scores = {"micro_f1": measure.micro_f1_of_sets, "macro_f1": measure.macro_f1_of_sets}
         self.evidence = {"intervals": _intervals(scores, true, given)}
         return {
@@ -225,7 +299,10 @@ class LabelExaminer:
     def _of_numbers(self, judged: Judged) -> dict[str, float]:
         true = np.array(judged.targets, dtype=np.float64)
         predicted = np.stack(judged.logits)[:, 0].astype(np.float64)
-        self.outcomes = {"squared_error": ((true - predicted) ** 2).tolist()}
+        self.outcomes = {
+            "mse": ((true - predicted) ** 2).tolist(),
+            **_predictions("numbers", true, predicted),
+        }
         scores = {"pearson": measure.pearson, "spearman": measure.spearman}
         self.evidence = {"intervals": _intervals(scores, true, predicted)}
         return {
@@ -248,8 +325,10 @@ class LabelExaminer:
         return f"{labels[int(logits.argmax())]} ({probability.max():.2f})"
 
 
-def examiner_of(assembled: Assembled, peers: Peers) -> Examiner | LabelExaminer:
+def examiner_of(assembled: Assembled, peers: Peers) -> Examiner | LabelExaminer | RewardExaminer:
     """Return what measures the model of this run."""
+    if isinstance(assembled.run.objective, Reward):
+        return RewardExaminer(assembled, peers)
     if classifies(assembled.run):
         return LabelExaminer(assembled, peers)
     return Examiner(assembled, peers)
@@ -267,16 +346,3 @@ def _rows_of(
         [out[keep] for out, keep in zip(outputs, kept, strict=True)],
         [row[keep] for row, keep in zip(truth, kept, strict=True)],
     )
-
-
-def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return probabilities, each label by itself."""
-    wide = logits.astype(np.float64)
-    return 1.0 / (1.0 + np.exp(-wide))
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return probabilities, (..., classes)."""
-    wide = logits.astype(np.float64)
-    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)

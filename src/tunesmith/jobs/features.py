@@ -25,6 +25,7 @@ from tunesmith.models.chat import prepare_tokenizer
 from tunesmith.models.loading import load_tokenizer
 from tunesmith.models.skeleton import kind_of, skeleton
 from tunesmith.objectives import Classification
+from tunesmith.report.page import write_report
 
 if TYPE_CHECKING:
     from tunesmith.data.classification import LabelledCorpus, LabelledRow
@@ -126,7 +127,7 @@ def _check(run: Run) -> None:
 def _learn(embedder: Embedder, say: Say) -> _Learned:
     """Return the classifier, fitted to the training rows and measured on the others."""
     started = time.perf_counter()
-    run, data, settings = embedder.job.run, embedder.data, embedder.job.features
+    run, data, settings = embedder.job.run, embedder.prepared, embedder.job.features
     rows = cast("LabelledCorpus", data.train.corpus).rows  # type: ignore[union-attr]
     others = cast("Sequence[LabelledRow]", chosen(data.evaluation, run.evaluation))
     features = embedder.features(rows)
@@ -169,9 +170,9 @@ def _targets(rows: Sequence[LabelledRow]) -> Integers:
 def _summary(embedder: Embedder, learned: _Learned, *, wall_seconds: float) -> dict[str, JSON]:
     """Return summary.json: training's keys, as far as they mean something without steps."""
     run, device, fitted = embedder.job.run, embedder.peers.device, learned.fitted
-    data: dict[str, JSON] = {"train": embedder.data.train_report.to_json()}
-    if embedder.data.evaluation_report is not None:
-        data["evaluation"] = embedder.data.evaluation_report.to_json()
+    data: dict[str, JSON] = {"train": embedder.prepared.train_report.to_json()}
+    if embedder.prepared.evaluation_report is not None:
+        data["evaluation"] = embedder.prepared.evaluation_report.to_json()
     backbone = skeleton(run.model, head=head_of_run(run)).base_model
     return {
         "name": run.name,
@@ -218,4 +219,5 @@ def _write(
         summary["result_bytes"] = directory.classifier.stat().st_size
     if learned.outcomes:
         write_json(directory.outcomes, learned.outcomes)
-    write_json(directory.summary, summary)  # last: a run that has it is whole
+    write_json(directory.summary, summary)  # before the report, which shows it
+    write_report(directory.path)

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tunesmith.errors import DataError, SetupError
+from tunesmith.errors import CheckpointError, DataError, SetupError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +41,11 @@ class LinearMap:
 
     def __call__(self, features: Floats) -> Integers:
         """Return the class of each row, (rows,) int64."""
-        return (features @ self.weight.T + self.bias).argmax(axis=1)
+        return self.scores(features).argmax(axis=1)
+
+    def scores(self, features: Floats) -> Floats:
+        """Return w . x + b of each class, (rows, classes) float32."""
+        return features @ self.weight.T + self.bias
 
     def save(self, path: Path, *, labels: Sequence[str], pooling: str) -> None:
         """Write weight and bias as safetensors; labels and pooling stand in its metadata."""
@@ -49,6 +54,32 @@ class LinearMap:
             path,
             metadata={"labels": json.dumps(list(labels)), "pooling": pooling},
         )
+
+
+class SavedLinear(NamedTuple):
+    """What a file of a linear classifier holds."""
+
+    linear: LinearMap
+    labels: tuple[str, ...]
+    pooling: str
+
+
+def read_linear(path: Path) -> SavedLinear:
+    """Return what `LinearMap.save` wrote.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            about = file.metadata()
+            linear = LinearMap(file.get_tensor("weight"), file.get_tensor("bias"))
+            return SavedLinear(linear, tuple(json.loads(about["labels"])), about["pooling"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: is damaged ({error}); `tunesmith features` with the run's run.yaml writes it "
+            "again"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import numpy as np
 
 from tunesmith.data.classification_collate import LabelledCollator
 from tunesmith.errors import ModelError, SpecError
+from tunesmith.jobs.base import base_fingerprint, load_base
 from tunesmith.jobs.features_cache import features_path, read_features, write_features
 from tunesmith.jobs.labelled import check_lengths, head_of_run
-from tunesmith.models.embeddings import Pooling, embed, fingerprint
+from tunesmith.models.embeddings import Pooling, embed
 from tunesmith.models.heads import reads_last_token
-from tunesmith.models.loading import load_model
 from tunesmith.models.precision import DTYPES, best_dtype
 from tunesmith.models.skeleton import config_of, kind_of
 
@@ -35,26 +35,34 @@ class Embedder:
     """Turns tokenised texts into features; the model is loaded when the cache lacks some."""
 
     job: FeatureRun
-    data: PreparedData
+    data: PreparedData | None
+    """The run's rows; none where it predicts."""
     peers: Peers
     pad_token_id: int
     say: Callable[[str], None]
     tokens: int = field(default=0, init=False)
     """Tokens that went through the model; none where all features were cached."""
 
+    @property
+    def prepared(self) -> PreparedData:
+        """The run's rows, where it learns."""
+        assert self.data is not None  # noqa: S101 - only who predicts leaves them out
+        return self.data
+
     @cached_property
     def model(self) -> PreTrainedModel:
         """The frozen model."""
         self.say("loading the model")
         run, device = self.job.run, self.peers.device
-        model = load_model(run.model, device=device, dtype=self.dtype, head=head_of_run(run)).model
-        check_lengths(run, model, self.data)
+        model = load_base(run.model, device=device, dtype=self.dtype, head=head_of_run(run))
+        if self.data is not None:
+            check_lengths(run, model, self.data)
         return model
 
     @cached_property
     def fingerprint(self) -> str:
         """What the model is, in a hash."""
-        return fingerprint(self.job.run.model)
+        return base_fingerprint(self.job.run.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,11 +100,16 @@ class Embedder:
         if features is not None:
             self.say(f"features of {len(rows):,} texts are cached")
             return features
-        features = self._compute(rows)
+        features = self.compute(rows)
         write_features(path, features)
         return features
 
-    def _compute(self, rows: Sequence[LabelledRow]) -> NDArray[np.float32]:
+    def compute(self, rows: Sequence[LabelledRow]) -> NDArray[np.float32]:
+        """Return the features of one or more rows, (rows, width) float32, past the cache.
+
+        Raises:
+            ModelError: some are not finite.
+        """
         run, model = self.job.run, self.model
         self.say(f"embedding {len(rows):,} texts ({self.pooling})")
         collate = LabelledCollator(self.pad_token_id, "right", positions=reads_last_token(model))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ClassifierName = Literal["logistic_regression", "linear_svm", "random_forest", "gradient_boosting"]
 
-_IDLE: Final = {"method", "train", "checkpoint", "tracking"}
+IDLE: Final = {"method", "train", "checkpoint", "tracking"}
 """Sections of a run file that say how to train, which nothing does here."""
 
 
@@ -49,7 +49,7 @@ class FeatureRun:
 
     def to_yaml(self) -> str:
         """Return the file that says exactly this."""
-        values = self.run.model_dump(mode="json", exclude=_IDLE)
+        values = self.run.model_dump(mode="json", exclude=IDLE)
         values["features"] = self.features.model_dump(mode="json")
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -68,6 +68,12 @@ def load_feature_file(path: str | Path, overrides: Sequence[str] = ()) -> Featur
     values.setdefault("objective", {"name": "classification"})
     features = _features(values.pop("features", {}), str(path))
     return FeatureRun(validate(values, source=str(path), lines=lines), features)
+
+
+def is_feature_file(path: Path) -> bool:
+    """Return whether the run file was written by a run of features."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return isinstance(values, dict) and "features" in values
 
 
 def _features(values: Mapping[str, Any], source: str) -> FeatureSettings:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tunesmith.engine.evaluation import mean_loss
+from tunesmith.objectives.sampling import FromReplies
 
 if TYPE_CHECKING:
     from tunesmith.engine.distribution import Peers
@@ -23,7 +24,7 @@ def findings(assembled: Assembled, peers: Peers) -> dict[str, JSON]:
     rows.
     """
     looking = [a for a in assembled.tuned.attachments if a.observes]
-    if looking:
+    if looking and not isinstance(assembled.run.objective, FromReplies):  # no rows are given there
         with ExitStack() as stack:
             for attachment in looking:
                 stack.enter_context(attachment.observing())

@@ -1,4 +1,4 @@
-"""What a run that classifies has of its own: labelled rows, a head, batches of texts."""
+"""What a run that judges has of its own: labelled rows or judged replies, a head, batches."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from tunesmith.data.asked import AskedData, prepare_asked
 from tunesmith.data.classification import LabelledData, prepare_labelled
 from tunesmith.data.classification_collate import LabelledCollator
+from tunesmith.data.pairs import prepare_pairs
 from tunesmith.data.prepare import prepare
 from tunesmith.errors import SpecError
 from tunesmith.models.heads import Head, reads_last_token
 from tunesmith.models.loading import is_encoder_decoder
 from tunesmith.models.zoo import cache_dir
-from tunesmith.objectives import Classification, TokenClassification
+from tunesmith.objectives import Classification, Preference, Reward, TokenClassification
+from tunesmith.objectives.reward import OUTPUT
+from tunesmith.objectives.sampling import FromReplies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -29,13 +33,23 @@ NUMBER = ("value",)
 
 
 def classifies(run: Run) -> bool:
-    """Return whether the run gives its model a classification head."""
+    """Return whether the run learns labels of texts or words."""
     return isinstance(run.objective, Classification | TokenClassification)
+
+
+def compares(run: Run) -> bool:
+    """Return whether the run learns from judged replies."""
+    return isinstance(run.objective, Preference | Reward)
+
+
+def has_head(run: Run) -> bool:
+    """Return whether the run gives its model a head instead of the language model's."""
+    return classifies(run) or isinstance(run.objective, Reward)
 
 
 def reads_rows(run: Run, model: PreTrainedModel) -> bool:
     """Return whether the run's head needs rows of a batch: all but a decoder's of texts."""
-    return classifies(run) and not reads_last_token(model)
+    return has_head(run) and not reads_last_token(model)
 
 
 def read_data(
@@ -47,6 +61,15 @@ def read_data(
         DataError: see `prepare` and `prepare_labelled`.
     """
     objective = run.objective
+    if isinstance(objective, FromReplies):
+        return _ask(run, objective, tokenizer)
+    if isinstance(objective, Preference | Reward):
+        if is_encoder_decoder(run.model):
+            raise SpecError(
+                f"objective.name: {objective.name} learns from replies that stand behind their "
+                "prompt in one sequence, and this model reads and writes apart; use a causal model"
+            )
+        return run, prepare_pairs(run.data, tokenizer, objective.judgement, seed=run.seed)
     if not isinstance(objective, Classification | TokenClassification):
         data = prepare(
             run.data,
@@ -65,6 +88,25 @@ def read_data(
     return run, labelled
 
 
+def _ask(
+    run: Run, objective: FromReplies, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Run, AskedData]:
+    """Return the prompts of a run that writes the replies itself."""
+    if is_encoder_decoder(run.model):
+        raise SpecError(
+            f"objective.name: {objective.name} samples from a causal model, and this model "
+            "reads and writes apart; use a causal model"
+        )
+    asked = prepare_asked(
+        run.data,
+        tokenizer,
+        seed=run.seed,
+        reply_length=objective.rollout.max_new_tokens,
+        prompt_tokens=objective.rollout.prompt_tokens,
+    )
+    return run, asked
+
+
 def head_of_run(run: Run) -> Head | None:
     """Return the head that the run's model is loaded with; None for a language model.
 
@@ -72,6 +114,8 @@ def head_of_run(run: Run) -> Head | None:
         SpecError: the labels are not known, as in a run file that was never run.
     """
     objective = run.objective
+    if isinstance(objective, Reward):
+        return Head(objective.head, OUTPUT, objective.problem, run.seed)
     if not isinstance(objective, Classification | TokenClassification):
         return None
     labels: tuple[str, ...] = tuple(objective.labels or ())
@@ -84,7 +128,7 @@ def head_of_run(run: Run) -> Head | None:
 
 def head_learning_rate(run: Run) -> float | None:
     """Return the peak learning rate that the run gives its new head, if it gives one."""
-    if not isinstance(run.objective, Classification | TokenClassification):
+    if not isinstance(run.objective, Classification | TokenClassification | Reward):
         return None
     return run.objective.head_learning_rate
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import psutil
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from tunesmith.engine.recompute import recomputing
+from tunesmith.engine.blocks import training_blocks
 from tunesmith.errors import SpecError
 from tunesmith.jobs.assemble import Program, attach_seeded, choose_dtypes
 from tunesmith.jobs.labelled import classifies
 from tunesmith.measure.memory_plan import MemoryPlan, Strategy, shared_out
+from tunesmith.measure.simulated_codes import Held, hold_codes
 from tunesmith.measure.simulated_memory import StepMemory, simulate_step
 from tunesmith.models.context import context_length
 from tunesmith.models.heads import Head
 from tunesmith.models.skeleton import skeleton
-from tunesmith.ops.chunked_head import logits_workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,9 +36,6 @@ _ADAM_BYTES: Final = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}
 (Dettmers et al. 2022, arXiv:2110.02861)."""
 _SMALL: Final = 4096
 """Tensors below so many parameters keep their moments in float32, also with 8-bit codes."""
-
-_WORTHWHILE: Final = 0.97
-"""A change that leaves more of the peak than this is not worth its price."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +56,6 @@ class Plan:
     def on(self, devices: int, strategy: Strategy) -> MemoryPlan:
         """Return the memory of each of several devices."""
         return shared_out(self.alone, devices, strategy, block=self.block_bytes)
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A change that saves memory, and what it costs."""
-
-    change: str
-    """As an override: `engine.checkpointing=full`."""
-    price: str
-    planned: Plan
-    """The run with it, and with those before it."""
-
-    @property
-    def peak(self) -> int:
-        """Return the most bytes at any moment, with it and those before it."""
-        return self.planned.alone.peak
 
 
 def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
@@ -103,15 +83,14 @@ def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
     trained = sum(p.numel() * 4 for p in tuned.trainable().values())
     gradients = trained
     optimizer = round(sum(_state_bytes(p, run) for p in tuned.trainable().values()))
-    saved, weight = _quantised_savings(tuned, run)
     block = _largest_block(tuned)
-    vocabulary = tuned.model.get_input_embeddings().num_embeddings
-    step = _simulated(run, tuned, dtypes, (rows, length))
-    logits = 0
-    if not classifies(run):
-        logits = logits_workspace(rows * length, vocabulary, device)
-    frozen = step.parameters - trained - saved
-    transient = max(step.transient, logits) + weight
+    _hold_codes(tuned, run, device)
+    step = _simulated(run, tuned, dtypes, shape=(rows, length), device=device)
+    frozen = step.parameters - trained
+    activations = step.activations
+    if run.engine.checkpointing == "offload":
+        activations -= _inputs_away(tuned, dtypes, rows * length)
+    transient = step.transient
     if run.train.accumulation_steps > 1:
         transient += gradients  # those of the micro-batches before stay while the next one runs
     alone = MemoryPlan(
@@ -119,7 +98,7 @@ def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
         trained=trained,
         gradients=gradients,
         optimizer=optimizer,
-        activations=step.activations,
+        activations=activations,
         transient=transient,
         process=psutil.Process().memory_info().rss if device == "cpu" else 0,
     )
@@ -141,29 +120,42 @@ def _decided(run: Run, device: str) -> Run:
     )
 
 
+def head_of(run: Run) -> Head | None:
+    """Return the head of a classifier, with two classes where they are not known yet."""
+    if not classifies(run):
+        return None
+    labels = getattr(run.objective, "labels", None) or ["0", "1"]
+    return Head(run.objective.head, tuple(labels))  # type: ignore[arg-type]  # not causal_lm
+
+
 def _attached(run: Run, dtypes: Dtypes) -> TunedModel:
-    head = None
-    if classifies(run):
-        labels = getattr(run.objective, "labels", None) or ["0", "1"]
-        head = Head(run.objective.head, tuple(labels))  # type: ignore[arg-type]  # not causal_lm
     plain = run.model.model_copy(update={"quantize": "none"})
-    model = skeleton(plain, dtype=dtypes.weights, head=head)
-    return attach_seeded(model, run)
+    return attach_seeded(skeleton(plain, dtype=dtypes.weights, head=head_of(run)), run)
 
 
-def _simulated(run: Run, tuned: TunedModel, dtypes: Dtypes, shape: tuple[int, int]) -> StepMemory:
+def _simulated(
+    run: Run, tuned: TunedModel, dtypes: Dtypes, *, shape: tuple[int, int], device: str
+) -> StepMemory:
     model, program = tuned.model, Program(tuned.model, run.objective)
     mixed = any(part.attachment.trains_base for part in tuned.parts)
-    with recomputing(model, run.engine):
+    blocks = [model.get_submodule(block.path) for block in tuned.sites.blocks]
+    # No data, so nothing to compile; `auto` keeps everything, as it does at first. What offloading
+    # sends away is taken off afterwards: here all memory is one.
+    settings: dict[str, str] = {"speed": "safe"}
+    if run.engine.checkpointing == "offload":
+        settings["checkpointing"] = "full"
+    engine = run.engine.model_copy(update=settings)
+    with training_blocks(model, blocks, engine, device=torch.device("cpu")):
         return simulate_step(
             model,
-            lambda: _batch(run, model, shape),
+            lambda: full_batch(run, model, shape),
             lambda batch: program(batch).total,
             autocast=dtypes.autocast(mixed=mixed),
+            device=device,
         )
 
 
-def _batch(run: Run, model: PreTrainedModel, shape: tuple[int, int]) -> Batch:
+def full_batch(run: Run, model: PreTrainedModel, shape: tuple[int, int]) -> Batch:
     """Return a full batch of this shape, with what the objective reads."""
     ids = torch.zeros(shape, dtype=torch.int64)
     if classifies(run):
@@ -181,22 +173,28 @@ def _state_bytes(parameter: nn.Parameter, run: Run) -> float:
     return parameter.numel() * _ADAM_BYTES["adamw" if small else run.train.optimizer]
 
 
-def _quantised_savings(tuned: TunedModel, run: Run) -> tuple[int, int]:
-    """Return the bytes that `model.quantize` saves, and of the largest weight, dequantised."""
-    kind = run.model.quantize
-    if kind == "none":
-        return 0, 0
+def _hold_codes(tuned: TunedModel, run: Run, device: str) -> None:
+    """Give the maps that `model.quantize` rounds their codes; biases and all else stay."""
+    settings = run.model
+    if settings.quantize == "none":
+        return
+    kept = {
+        *(tuned.model._keep_in_fp32_modules or ()),
+        *(tuned.model._keep_in_fp32_modules_strict or ()),
+    }
     paths = dict.fromkeys(s.module for block in tuned.sites.blocks for s in block.sites)
-    saved, largest = 0.0, 0
-    for path in paths:
-        weight = tuned.model.get_submodule(path).get_parameter("weight")
-        scales = weight.numel() / 64 * 4
-        if run.model.double_quantize:
-            scales = weight.numel() / 64 * (1 + 4 / 256)
-        codes = weight.numel() / 2 + scales if kind == "nf4" else weight.numel() + 4 * len(weight)
-        saved += weight.nbytes - codes
-        largest = max(largest, weight.nbytes)
-    return round(saved), largest
+    maps = (tuned.model.get_submodule(path) for path in paths if kept.isdisjoint(path.split(".")))
+    held = Held(settings.quantize, settings.double_quantize, settings.multiplies_float8, device)
+    hold_codes((module for module in maps if isinstance(module, nn.Linear | Conv1D)), held)
+
+
+def _inputs_away(tuned: TunedModel, dtypes: Dtypes, tokens: int) -> int:
+    """Return the bytes of the blocks' inputs that wait in the host's memory.
+
+    All but two: that of the block that computes, and that of the one that comes next.
+    """
+    width: int = tuned.model.config.get_text_config().hidden_size
+    return max(0, len(tuned.sites.blocks) - 2) * tokens * width * dtypes.weights.itemsize
 
 
 def _largest_block(tuned: TunedModel) -> int:
@@ -204,66 +202,3 @@ def _largest_block(tuned: TunedModel) -> int:
         sum(p.nbytes for p in tuned.model.get_submodule(block.path).parameters())
         for block in tuned.sites.blocks
     )
-
-
-def _least_weights(planned: Plan) -> float:
-    """Return the bytes below which no change brings the weights: half a byte each."""
-    codes = planned.counts.base / 2
-    return codes if _changes_to_nf4(planned.run) else planned.alone.frozen
-
-
-def _changes_to_nf4(run: Run) -> bool:
-    quantisable = all(method.base_dtype != "float32" for method in run.methods)
-    return run.model.quantize == "none" and quantisable
-
-
-def _changes(run: Run) -> Iterator[tuple[str, str, Callable[[Run], Run]]]:
-    """Yield what saves memory: the override, its price, and the change itself."""
-    if run.train.optimizer == "adamw":
-        yield _change("train.optimizer", "adamw_8bit", "hardly any time; the state is rounded")
-    if run.engine.checkpointing == "none":
-        yield _change("engine.checkpointing", "full", "one more forward pass a step")
-    for _ in range(int(math.log2(run.train.batch_size))):
-        yield (
-            "train.batch_size halved, train.accumulation_steps doubled",
-            "smaller products, which fill a GPU less",
-            _halved,
-        )
-    if _changes_to_nf4(run):
-        yield _change("model.quantize", "nf4", "weights are dequantised for every product")
-
-
-def _change(key: str, value: str, price: str) -> tuple[str, str, Callable[[Run], Run]]:
-    section, name = key.split(".")
-
-    def changed(run: Run) -> Run:
-        settings = getattr(run, section).model_copy(update={name: value})
-        return run.model_copy(update={section: settings})
-
-    return f"{key}={value}", price, changed
-
-
-def _halved(run: Run) -> Run:
-    size, steps = run.train.batch_size, run.train.accumulation_steps
-    halves = {"batch_size": size // 2, "accumulation_steps": steps * 2}
-    return run.model_copy(update={"train": run.train.model_copy(update=halves)})
-
-
-def remedies(planned: Plan, limit: int) -> list[Remedy]:
-    """Return the smallest changes that bring a run under `limit` bytes, the cheapest first.
-
-    Changes are added one after the other in the order of their price in speed until the run fits;
-    empty where it fits, or where none of them suffices.
-    """
-    run, chosen = planned.run, []
-    if planned.alone.peak <= limit or _least_weights(planned) > limit:
-        return []
-    for change, price, changed in _changes(run):
-        smaller = plan(changed(run), device=planned.device, length=planned.tokens[1])
-        if smaller.alone.peak > _WORTHWHILE * planned.alone.peak:
-            continue
-        run, planned = smaller.run, smaller
-        chosen.append(Remedy(change, price, planned))
-        if planned.alone.peak <= limit:
-            return chosen
-    return []

@@ -1,4 +1,4 @@
-"""What a finished classifier says of new texts."""
+"""What a finished classifier or reward model says of new texts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ from tunesmith.data.sources import locate, read
 from tunesmith.engine.evaluation import measuring
 from tunesmith.errors import DataError, SpecError
 from tunesmith.jobs.assemble import Program, choose_padding
-from tunesmith.jobs.examine_labels import sigmoid, softmax
+from tunesmith.jobs.features_predict import FeatureClassifier
+from tunesmith.jobs.features_spec import is_feature_file, load_feature_file
 from tunesmith.jobs.result import load_run
+from tunesmith.jobs.run_directory import RunDirectory, open_finished
+from tunesmith.jobs.score import conversation_of, conversations_in, score
+from tunesmith.measure.classification import sigmoid, softmax
 from tunesmith.models.heads import reads_last_token
-from tunesmith.objectives import Classification, TokenClassification
+from tunesmith.objectives import Classification, Reward, TokenClassification
 from tunesmith.types import IGNORE
 
 if TYPE_CHECKING:
@@ -57,18 +61,27 @@ def predict(
         overrides: settings over those of the run, such as `engine.device=cpu`.
 
     Raises:
-        SpecError: the run is no classifier.
+        SpecError: the run is no classifier or reward model, or one that is not saved.
         DataError: a text is empty.
     """
-    loaded = load_run(path, overrides)
+    directory = RunDirectory(Path(path))
+    if directory.spec.is_file() and is_feature_file(directory.spec):
+        return _by_features(directory, texts, overrides)
+    return predictions(load_run(path, overrides), texts)
+
+
+def predictions(loaded: LoadedRun, texts: Sequence[str]) -> list[Prediction]:
+    """Return what a loaded run's result says of `texts`; see `predict`."""
     objective = loaded.run.objective
+    if isinstance(objective, Reward):
+        rewards = score(loaded, [conversation_of(text) for text in texts])
+        return [Prediction(t, f"{r:.4f}", {}) for t, r in zip(texts, rewards, strict=True)]
     if not isinstance(objective, Classification | TokenClassification):
         raise SpecError(
-            f"{path}: its objective is {objective.name}, which labels nothing; use `tunesmith chat`"
+            f"{loaded.directory.path}: its objective is {objective.name}, which labels nothing; "
+            "use `tunesmith chat`"
         )
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            raise DataError(f"text {number} is empty; expected text")
+    _require_texts(texts)
     threshold = _threshold(loaded)
     found: list[Prediction] = []
     size = loaded.run.evaluation.batch_size
@@ -82,15 +95,40 @@ def predict(
     return found
 
 
+def predict_file(
+    path: str | Path, file: str | Path, *, overrides: Sequence[str] = ()
+) -> list[Prediction]:
+    """Return what a run's result says of the rows of a file, in their order.
+
+    Of a reward run every reply of a row is scored, with its prompt (`prompt` and `completion`,
+    `messages`, `chosen` and `rejected`, ...); of a classifier the texts.
+
+    Raises:
+        SpecError: the run is neither.
+        DataError: the file cannot be read, or a row has no text.
+    """
+    directory = RunDirectory(Path(path))
+    if directory.spec.is_file() and is_feature_file(directory.spec):
+        return predict(path, texts_in(file, path), overrides=overrides)
+    loaded = load_run(path, overrides)
+    if not isinstance(loaded.run.objective, Reward):
+        return predictions(loaded, texts_in(file, path))
+    replies = conversations_in(file, loaded.run.data.train[0])
+    pairs = zip(replies, score(loaded, replies), strict=True)
+    return [Prediction(str(c.messages[-1]["content"]), f"{r:.4f}", {}) for c, r in pairs]
+
+
 def texts_in(path: str | Path, run_directory: str | Path) -> list[str]:
     """Return the texts of a file, whose columns are named as the run's own are.
 
     Raises:
         DataError: the file cannot be read, or a row has no text.
     """
-    from tunesmith.jobs.run_directory import open_finished
-
-    _, run = open_finished(run_directory)
+    spec = RunDirectory(Path(run_directory)).spec
+    if spec.is_file() and is_feature_file(spec):
+        run = load_feature_file(spec).run
+    else:
+        _, run = open_finished(run_directory)
     columns = {ours: named for ours, named in run.data.train[0].columns.items() if ours == "text"}
     texts = []
     for row in read(locate(Source(path=str(path)))):
@@ -104,6 +142,24 @@ def texts_in(path: str | Path, run_directory: str | Path) -> list[str]:
             )
         texts.append(text)
     return texts
+
+
+def _by_features(
+    directory: RunDirectory, texts: Sequence[str], overrides: Sequence[str]
+) -> list[Prediction]:
+    _require_texts(texts)
+    classifier = FeatureClassifier(directory, overrides)
+    scores = classifier.scores([_asked(text, "single", classifier.labels) for text in texts])
+    return [
+        Prediction(text, classifier.labels[int(row.argmax())], classifier.probabilities(row))
+        for text, row in zip(texts, scores, strict=True)
+    ]
+
+
+def _require_texts(texts: Sequence[str]) -> None:
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise DataError(f"text {number} is empty; expected text")
 
 
 def _threshold(loaded: LoadedRun) -> float:

@@ -11,11 +11,12 @@ import torch
 from tunesmith.engine.distribution import connect
 from tunesmith.errors import AdapterError
 from tunesmith.jobs.assemble import choose_dtypes
-from tunesmith.jobs.labelled import head_of_run
+from tunesmith.jobs.base import load_base
+from tunesmith.jobs.labelled import classifies, head_of_run
 from tunesmith.jobs.run_directory import RunDirectory, open_finished
 from tunesmith.methods.storage import load_adapter
 from tunesmith.methods.tuned import TunedModel, attach
-from tunesmith.models.loading import load_model
+from tunesmith.models.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +54,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
     peers = connect(run.engine)
     dtypes = choose_dtypes(run, peers.device)
     head = head_of_run(run)
-    model, tokenizer = load_model(run.model, device=peers.device, dtype=dtypes.weights, head=head)
+    model = load_base(run.model, device=peers.device, dtype=dtypes.weights, head=head)
+    tokenizer = load_tokenizer(run.model, chats=not classifies(run))
     if directory.model.exists():
         tuned = _load_whole(model, run, directory)
     else:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
+from tunesmith.data.collate_replies import ReplyCollator
 from tunesmith.data.rows import TokenRow
 from tunesmith.engine.evaluation import mean_loss, measuring
 from tunesmith.errors import SpecError
+from tunesmith.jobs.assemble import Program
 from tunesmith.jobs.examine import chosen
+from tunesmith.objectives import SFT
 
 if TYPE_CHECKING:
     from tunesmith.engine.distribution import Peers
@@ -71,10 +74,13 @@ def general_loss(assembled: Assembled, peers: Peers) -> float | None:
             "evaluation.general: the loss on general text needs a language model's head, which "
             f"the objective {assembled.run.objective.name} has not; leave it out"
         )
+    program, collate = assembled.program, assembled.collate
+    if isinstance(collate, ReplyCollator):  # its objective has no loss of given text
+        program, collate = Program(assembled.tuned.model, SFT()), collate.plain
     metrics = mean_loss(
-        assembled.program,
+        program,
         _rows(assembled, name),
-        assembled.collate,
+        collate,
         batch_size=assembled.run.evaluation.batch_size,
         peers=peers,
         autocast_dtype=assembled.autocast_dtype,

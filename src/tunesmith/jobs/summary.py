@@ -68,6 +68,7 @@ def summarise(
         "peak_process_bytes": peak_memory(torch.device("cpu")),
         "peak_device_bytes": None if device.type == "cpu" else outcome.memory_bytes,
         "identity_at_start": assembled.tuned.identity_at_start,
+        "merges": all(attachment.merges for attachment in assembled.tuned.attachments),
         "trainable_parameters": counts.trainable,
         "total_parameters": counts.base,
         "base_bytes": bytes_in_memory(m for _, m in base_modules(assembled.tuned.model)),

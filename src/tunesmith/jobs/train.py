@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console as Terminal
 
@@ -21,15 +21,21 @@ from tunesmith.jobs.assemble import Assembled, assemble
 from tunesmith.jobs.environment import environment
 from tunesmith.jobs.examine import Examiner, Reply
 from tunesmith.jobs.examine_labels import LabelExaminer, examiner_of
+from tunesmith.jobs.examine_replies import ReplyExaminer
+from tunesmith.jobs.examine_rewards import RewardExaminer
+from tunesmith.jobs.experience import Experience
 from tunesmith.jobs.findings import findings
 from tunesmith.jobs.labelled import head_learning_rate
 from tunesmith.jobs.proofs import prove_saved, prove_start, told
+from tunesmith.jobs.reference import with_reference
+from tunesmith.jobs.roles import without_roles
 from tunesmith.jobs.run_directory import RunDirectory, check_free, clear, write_json
 from tunesmith.jobs.side_effects import general_loss_of_base, side_effects
 from tunesmith.jobs.summary import summarise
 from tunesmith.methods.adapter_files import write_adapters
 from tunesmith.methods.child import base_parameters
 from tunesmith.methods.head import HeadAttachment
+from tunesmith.objectives.sampling import FromReplies
 from tunesmith.report.page import write_report
 
 if TYPE_CHECKING:
@@ -39,7 +45,7 @@ if TYPE_CHECKING:
 
     from tunesmith.methods.tuned import TunedModel
     from tunesmith.spec import Run
-    from tunesmith.types import JSON, Proof
+    from tunesmith.types import JSON, Batch, Proof
 
 Say = Callable[[str], None]
 
@@ -79,7 +85,7 @@ def train(
     peers = connect(run.engine)
     directory = check_free(run, resume=resume, overwrite=overwrite)
     say = _teller(peers)
-    assembled = assemble(run, peers, say)
+    assembled = with_reference(assemble(run, peers, say), peers, say)
     for line in assembled.data.train_report.lines():
         say(line)
     proofs = prove_start(assembled, peers)
@@ -90,7 +96,9 @@ def train(
     if peers.is_main:
         _open(directory, assembled.run, fresh=resume_from is None)
     peers.any(False)  # nobody goes on before the directory is there
-    recorder = Recorder(examiner_of(assembled, peers), directory, heard)
+    samples = isinstance(assembled.run.objective, FromReplies)
+    examiner = ReplyExaminer(assembled, peers) if samples else examiner_of(assembled, peers)
+    recorder = Recorder(examiner, directory, heard)
     outcome = _fit(assembled, peers, recorder, resume_from)
     if outcome.stopped_because == "interrupted":
         say(f"interrupted; go on with: tunesmith train {directory.spec} --resume")
@@ -113,7 +121,7 @@ class Ending(NamedTuple):
 class Recorder:
     """Examines the model when the loop asks, and keeps its sample replies."""
 
-    examiner: Examiner | LabelExaminer
+    examiner: Examiner | LabelExaminer | RewardExaminer | ReplyExaminer
     directory: RunDirectory
     listeners: Sequence[Listener]
 
@@ -182,17 +190,19 @@ def _open(directory: RunDirectory, run: Run, *, fresh: bool) -> None:
     write_json(directory.environment, environment(run.seed))
 
 
-def _fit(
-    assembled: Assembled, peers: Peers, recorder: Recorder, resume_from: Path | None
-) -> Outcome:
-    run, tuned, program = assembled.run, assembled.tuned, assembled.program
-    listeners: list[Listener] = [*recorder.listeners, recorder]
-    task = Task(
-        module=program,
+def task_of(assembled: Assembled) -> Task[Any]:
+    """Return an assembled run as the loop sees it, without an evaluation."""
+    run, tuned = assembled.run, assembled.tuned
+
+    def collate(rows: list[Any]) -> Batch:
+        return run.objective.prepared(assembled.collate(rows))
+
+    return Task(
+        module=assembled.program,
         model=tuned.model,
         trainable=tuned.trainable(),
         rows=assembled.data.train,
-        collate=assembled.collate,
+        collate=collate,
         count=run.objective.count,
         default_learning_rate=run.methods[0].default_learning_rate,
         learning_rate_scales=learning_rate_scales(run, tuned),
@@ -201,9 +211,19 @@ def _fit(
         on_step=tuned.on_step,
         extra_state=tuned.extra_state,
         load_extra_state=tuned.load_extra_state,
-        evaluate=recorder.examiner.examine if recorder.examiner.has_rows else None,
         autocast_dtype=assembled.autocast_dtype,
     )
+
+
+def _fit(
+    assembled: Assembled, peers: Peers, recorder: Recorder, resume_from: Path | None
+) -> Outcome:
+    run = assembled.run
+    listeners: list[Listener] = [*recorder.listeners, recorder]
+    task = task_of(assembled)
+    if isinstance(recorder.examiner, ReplyExaminer):
+        task.rows = Experience(assembled, peers, recorder.examiner.reward, listeners)
+    task.evaluate = recorder.examiner.examine if recorder.examiner.has_rows else None
     try:
         return fit(
             task,
@@ -237,7 +257,8 @@ def learning_rate_scales(run: Run, tuned: TunedModel) -> dict[str, float]:
             own = (head_rate or given or first) / (given or first)
         else:
             own = 1.0 if given is not None else part.method.default_learning_rate / first
-        for name in part.attachment.trainable():
+        # A reward model beside the policy is frozen, so it has no rate.
+        for name in scales.keys() & part.attachment.trainable().keys():
             scales[name] *= own
     return scales
 
@@ -252,6 +273,7 @@ def _finish(
         newest = {step_of(path): path for path in checkpoints(directory.path)}
         assembled.tuned.load_state_dict(load_trainable(newest[outcome.best.step]))
         after = recorder.examiner.examine()
+    without_roles(assembled.tuned)
     effects = side_effects(assembled, peers, ending.general) | findings(assembled, peers)
     save_result(assembled.tuned, assembled.tokenizer, directory, peers)
     summary: dict[str, JSON] = {}
@@ -269,7 +291,7 @@ def _finish(
         )
         if recorder.examiner.outcomes:
             write_json(directory.outcomes, recorder.examiner.outcomes)
-        if isinstance(recorder.examiner, LabelExaminer):
+        if isinstance(recorder.examiner, LabelExaminer | RewardExaminer):
             summary |= recorder.examiner.evidence
         write_json(directory.summary, summary | effects)
         write_report(directory.path)

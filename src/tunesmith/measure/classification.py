@@ -140,3 +140,16 @@ def resampled_interval(
         values.append(metric(true[rows], predicted[rows]))
     low, high = np.quantile(values, [0.025, 0.975])
     return Interval(float(low), float(high))
+
+
+def sigmoid(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Return probabilities, each label by itself."""
+    wide = logits.astype(np.float64)
+    return 1.0 / (1.0 + np.exp(-wide))
+
+
+def softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Return probabilities, (..., classes)."""
+    wide = logits.astype(np.float64)
+    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)

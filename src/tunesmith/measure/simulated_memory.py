@@ -18,11 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tunesmith.ops.chunked_head import sized_for
+
 if TYPE_CHECKING:
     from tunesmith.types import Batch
 
-ROUNDING: Final = 512
-"""Bytes that an allocator rounds up to (PyTorch's on CUDA)."""
+ROUNDING: Final = {"cuda": 512, "cpu": 64}
+"""Bytes that PyTorch's allocators round up to."""
 
 
 class StepMemory(NamedTuple):
@@ -54,6 +56,7 @@ def simulate_step(
     loss: Callable[[Batch], Tensor],
     *,
     autocast: torch.dtype | None = None,
+    device: str = "cuda",
 ) -> StepMemory:
     """Return the memory of a forward and a backward pass of `model`.
 
@@ -63,10 +66,11 @@ def simulate_step(
         inputs: makes the batch; called where tensors have no data.
         loss: maps the batch to a loss () that depends on the parameters of `model`.
         autocast: dtype of autocast, where the run computes under it.
+        device: `cuda` or `cpu`: whose allocator rounds, and whose sizes the loss is cut into.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), sized_for(device):
         _give_storage(model)
-        live = _Live()
+        live = _Pretending(ROUNDING[device])
         live.take_all([*model.parameters(), *model.buffers()])
         parameters = live.now
         with live, _autocast(autocast):
@@ -76,6 +80,22 @@ def simulate_step(
             total.backward()  # type: ignore[no-untyped-call]
             del total
         return StepMemory(parameters, after_forward, live.peak, live.now - parameters)
+
+
+def bytes_left(call: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
+    """Return the bytes of the tensors besides `held` that the result of `call` keeps for backward.
+
+    Of a real call, on real tensors. A process cannot tell: what is freed on the CPU stays resident,
+    and the next tensor takes its place unseen.
+    """
+    live = _Live(ROUNDING["cpu"])
+    live.take_all(held)
+    before = live.now
+    with live:
+        kept = call()
+        left = live.now - before
+    del kept
+    return left
 
 
 def _give_storage(model: nn.Module) -> None:
@@ -119,8 +139,9 @@ def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 class _Live(TorchDispatchMode):
     """Counts the bytes of all storages that somebody holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounding: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._rounding = rounding
         self.now = 0
         self.peak = 0
         self._known: dict[int, int] = {}
@@ -128,18 +149,12 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = self._answer(func, args, kwargs or {})
+        out = self.answer(func, args, kwargs or {})
         self.take_all(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
 
-    def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operation; those that look at data get the answer of a full batch."""
-        if func is torch.ops.aten.nonzero.default:
-            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1
-        if func is torch.ops.aten._grouped_mm.default:
-            return _grouped(*args[:3])
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation."""
         return func(*args, **kwargs)
 
     def take_all(self, tensors: Iterable[Tensor]) -> None:
@@ -148,7 +163,7 @@ class _Live(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._known:
-                size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+                size = -(-storage.nbytes() // self._rounding) * self._rounding
                 self._known[key] = size
                 self.now += size
                 self.peak = max(self.peak, self.now)
@@ -156,3 +171,17 @@ class _Live(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self._known.pop(key)
+
+
+class _Pretending(_Live):  # type: ignore[no-untyped-call]
+    """The same where tensors have no data."""
+
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation; those that look at data get the answer of a full batch."""
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        if func is torch.ops.aten._grouped_mm.default:
+            return _grouped(*args[:3])
+        return func(*args, **kwargs)

@@ -45,7 +45,8 @@ MethodUnion = Annotated[
     Field(discriminator="name"),
 ]
 
-# TaskHead (methods/head.py) is not chosen: it comes with every method on a classifier.
+# TaskHead (methods/head.py) is not chosen: it comes with every method on a classifier. Nor is
+# ValueHead (methods/value_head.py), which the objective ppo brings.
 
 __all__ = [
     "IA3",

@@ -110,6 +110,11 @@ class BitFitAttachment(MergeableAttachment):
         super().__init__(model, biases)
         self.biases = {path.rpartition(".")[0]: bias for path, bias in biases.items()}
 
+    @property
+    def merges(self) -> bool:
+        """Whether every bias has a place in the base."""
+        return not any(isinstance(bias, AddedBias) for bias in self.biases.values())
+
     def merge(self) -> None:
         """Put the trained biases in the place of the base's, rounded to its dtype.
 

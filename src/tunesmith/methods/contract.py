@@ -104,6 +104,11 @@ class Attachment(ABC):
         """
         self.load_state_dict(tensors)
 
+    @property
+    def merges(self) -> bool:
+        """Whether `merge` can fold it into the base, which then is as fast as a plain one."""
+        return False
+
     def merge(self) -> None:
         """Fold the method into the base weights; it is then off, and `unmerge` undoes it.
 

@@ -63,6 +63,11 @@ class MergeableAttachment(ChildAttachment):
             raise MethodError(f"{self.title} is merged into the base weights; unmerge() first")
         super().enable(on)
 
+    @property
+    def merges(self) -> bool:
+        """Yes."""
+        return True
+
     def merge(self) -> None:
         """Fold the method into the weights in float32, rounded once to the weight's dtype.
 

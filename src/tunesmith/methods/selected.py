@@ -106,6 +106,11 @@ class SelectedParameters(Attachment):
         else:
             self._exchange(self._base)
 
+    @property
+    def merges(self) -> bool:
+        """Yes."""
+        return True
+
     def merge(self) -> None:
         """Bring the trained values to the base's dtype: the model is then a plain one.
 

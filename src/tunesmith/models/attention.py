@@ -20,9 +20,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tunesmith.errors import MethodError, ModelError
+from tunesmith.models.attention_choice import Asked, AttentionChoice
 from tunesmith.models.families import first_position
 from tunesmith.models.gated_keys import Sections
 from tunesmith.ops.capped_attention import capped_attention
+from tunesmith.ops.equal_segments import equal_segments
+from tunesmith.ops.one_query_attention import is_newest_token, one_query_attention
 from tunesmith.ops.segment_attention import segment_attention, uses_varlen
 
 if TYPE_CHECKING:
@@ -258,21 +261,44 @@ def _within_segments(
     slides = window is not None and prefix is not None
     softcap = kwargs.get("softcap")
     capped = softcap is not None
+    pair = None if prefix is None else prefix[:2]
+    shared: dict[str, Any] = {
+        "scaling": scaling,
+        "dropout": dropout,
+        "causal": causal,
+        "prefix": pair,
+    }
+    length = None if capped else _dense_length(query, window, kwargs)
+    if length is not None:
+        dense = equal_segments(
+            query, key, value, length, backend=kwargs["segments_backend"], **shared
+        )
+        return dense.transpose(1, 2)
     on_gpu = uses_varlen(query, value, dropout=dropout, slides=slides, capped=capped)
     out = segment_attention(
         query,
         key,
         value,
-        kwargs["cu_seq_lens_q" if on_gpu else "cu_seq_lens_k"],
-        scaling=scaling,
-        dropout=dropout,
-        causal=causal,
+        # A graph has no use for the CPU's: it cannot look at them.
+        kwargs["cu_seq_lens_q" if on_gpu or torch.compiler.is_compiling() else "cu_seq_lens_k"],
         window=window,
         max_length=kwargs.get("max_length_q"),
-        prefix=None if prefix is None else prefix[:2],
         softcap=softcap,
+        **shared,
     )
     return out.transpose(1, 2).contiguous()
+
+
+def _dense_length(query: Tensor, window: int | None, kwargs: dict[str, Any]) -> int | None:
+    """Return the length of all segments where they are to be taken as a dense batch.
+
+    A method may have lengthened them, so what the batch was like before does not say it.
+    """
+    longest, segments = kwargs.get("max_length_q"), kwargs["cu_seq_lens_q"].shape[0] - 1
+    if kwargs.get("segments_backend", "varlen") == "varlen" or longest is None:
+        return None
+    seen = window is None or window >= longest
+    return longest if seen and segments * longest == query.shape[2] else None
 
 
 def _attend(  # noqa: PLR0917 - transformers' own signature
@@ -284,6 +310,9 @@ def _attend(  # noqa: PLR0917 - transformers' own signature
     **options: Any,
 ) -> Tensor:
     """Return (batch, length, heads, head_dim), by sdpa or, where scores are capped, written out."""
+    if is_newest_token(query, key, attention_mask, options):
+        scale = options.get("scaling")
+        return one_query_attention(query, key, value, attention_mask, scaling=scale).transpose(1, 2)
     if options.get("softcap") is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
     causal = _is_causal(module, options["is_causal"]) and query.shape[2] > 1
@@ -298,11 +327,15 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def enable_segments(model: PreTrainedModel) -> bool:
+def enable_segments(model: PreTrainedModel, asked: Asked = "auto") -> bool:
     """Give `model` the attention "tunesmith" and return whether it keeps segments apart.
 
     Proved by a probe: two segments in one row against each alone, also under a short sliding window
     where the model has one. Where the proof fails the model is as it was before.
+
+    Args:
+        model: with any attention.
+        asked: the kernel for segments of equal length on CUDA; auto measures which is fastest.
     """
     before = model.config._attn_implementation
     if has_segments(model):
@@ -310,7 +343,9 @@ def enable_segments(model: PreTrainedModel) -> bool:
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         return False  # the architecture has its own attention path
-    hook = model.base_model.register_forward_pre_hook(_leave_out_the_mask, with_kwargs=True)
+    hook = model.base_model.register_forward_pre_hook(
+        _SegmentInputs(AttentionChoice(model, asked)), with_kwargs=True
+    )
     try:
         proved = _keeps_segments_apart(model)
     except (ModelError, RuntimeError, ValueError, TypeError, KeyError):
@@ -323,22 +358,43 @@ def enable_segments(model: PreTrainedModel) -> bool:
 
 def has_segments(model: PreTrainedModel) -> bool:
     """Return whether `enable_segments` was here."""
-    return _leave_out_the_mask in model.base_model._forward_pre_hooks.values()
+    hooks = model.base_model._forward_pre_hooks.values()
+    return any(isinstance(hook, _SegmentInputs) for hook in hooks)
 
 
-def _leave_out_the_mask(
-    backbone: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+class _SegmentInputs:
+    """A hook that prepares a batch with segments, before the backbone sees it."""
+
+    def __init__(self, choice: AttentionChoice) -> None:
+        self.choice = choice
+
+    def __call__(
+        self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return the changed inputs, or None where there are no segments."""
+        if kwargs.get("cu_seq_lens_q") is None:
+            return None
+        changed = _without_mask(backbone, args, kwargs)
+        tokens = kwargs["position_ids"].shape[-1]
+        if backbone.training and torch.is_grad_enabled() and kwargs.get("max_length_q"):
+            changed["segments_backend"] = self.choice.backend(
+                len(kwargs["cu_seq_lens_q"]) - 1,
+                kwargs["max_length_q"],
+                tokens,
+                kwargs["position_ids"].device,
+            )
+        return args, kwargs | changed
+
+
+def _without_mask(
+    backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """Keep transformers from building a (tokens x tokens) mask where the batch has segments.
 
     From positions that start anew it would guess the segments by itself. A mask of four dimensions
     is handed to the attention function as it is, which does not look at it. Positions of segments
     count from 0 in every batch; RoBERTa's own count from behind the padding's.
     """
-    if kwargs.get("cu_seq_lens_q") is None:
-        return None
     device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device
     changed: dict[str, Any] = {
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
@@ -348,7 +404,7 @@ def _leave_out_the_mask(
     }
     if first := first_position(backbone.config):
         changed["position_ids"] = kwargs["position_ids"] + first
-    return args, kwargs | changed
+    return changed
 
 
 _LENGTHS: Final = [9, 7]

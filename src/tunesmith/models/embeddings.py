@@ -70,7 +70,8 @@ def fingerprint(settings: ModelSettings) -> str:
         SetupError: a zoo model that is not cached and cannot be fetched.
     """
     place = locate(settings.name, settings)
-    found = hashlib.sha256(f"{settings.quantize} {settings.double_quantize}".encode())
+    how = f"{settings.quantize} {settings.double_quantize} {settings.products}"
+    found = hashlib.sha256(how.encode())
     for path in [place] if place.is_file() else _files(place):
         with path.open("rb") as file:
             found.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())

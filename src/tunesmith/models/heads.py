@@ -14,6 +14,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from tunesmith.errors import ModelError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -123,15 +125,47 @@ def head_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     Returns:
         float32.
     """
-    inputs = {key: v for key, v in batch.items() if key not in {"labels", "class_weights"}}
     score = _score(model)
     if score is None or head_kind(model) == "token_classification":
-        logits: Tensor = model(**inputs).logits
+        logits: Tensor = model(**_inputs(batch)).logits
         return logits.float()
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-    row, column = last_tokens(batch)
-    last: Tensor = score(hidden[row, column])
-    return last.float()
+    return _scored(model, score, batch, last_tokens(batch))
+
+
+def head_logits_at(model: PreTrainedModel, batch: Batch, places: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the logits at some tokens of a decoder's texts, (tokens, classes) float32.
+
+    Args:
+        model: with a head that is a map of single hidden states.
+        batch: model inputs, `labels` and `class_weights` apart.
+        places: the texts, and the position of each token in its text, (tokens,) int64 each.
+
+    Raises:
+        ModelError: the head reads texts as a whole.
+    """
+    score = _score(model)
+    if score is None:
+        raise ModelError(
+            f"{type(model).__name__} reads a text as a whole, so its steps have no rewards of "
+            "their own; use a decoder"
+        )
+    texts, positions = places
+    if "cu_seq_lens_q" in batch:
+        starts = batch["cu_seq_lens_q"].to(positions.device, torch.int64)
+        return _scored(model, score, batch, (torch.zeros_like(texts), starts[texts] + positions))
+    return _scored(model, score, batch, (texts, positions))
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {key: v for key, v in batch.items() if key not in {"labels", "class_weights"}}
+
+
+def _scored(
+    model: PreTrainedModel, score: nn.Module, batch: Batch, places: tuple[Tensor, Tensor]
+) -> Tensor:
+    hidden = model.base_model(**_inputs(batch), use_cache=False).last_hidden_state
+    scored: Tensor = score(hidden[places])
+    return scored.float()
 
 
 def last_tokens(batch: Batch) -> tuple[Tensor, Tensor]:

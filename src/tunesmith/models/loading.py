@@ -65,6 +65,11 @@ def load_model(
             quantised without bitsandbytes or on a device that it does not know.
     """
     settings = _as_settings(name_or_settings)
+    if settings.adapter is not None:
+        raise ModelError(
+            f"model.adapter: {settings.adapter} is merged in by runs; load the base without it and "
+            "then tunesmith.load_adapter"
+        )
     dtype = dtype or _dtype(settings, device)
     require_quantiser(settings, device)
     place = locate(settings.name, settings)

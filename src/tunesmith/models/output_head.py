@@ -11,6 +11,7 @@ import torch
 from tunesmith.errors import ModelError
 from tunesmith.models.encoder_decoder import run_both
 from tunesmith.models.modes import evaluating
+from tunesmith.types import HEAD_ONLY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ class OutputHead(NamedTuple):
 
         For an encoder-decoder the length is that of what it writes.
         """
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        inputs = {key: value for key, value in batch.items() if key not in HEAD_ONLY}
         hidden: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
         return hidden if self.scale == 1.0 else hidden * self.scale
 

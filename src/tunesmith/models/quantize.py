@@ -1,46 +1,78 @@
-"""Linear maps with 4- and 8-bit weights: the one place that knows the library that holds them."""
+"""Linear maps with 4- and 8-bit weights in the place of a model's plain ones, and back."""
 
 from __future__ import annotations
 
-import copy
-import logging
-import sys
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.errors import ModelError, SetupError
+from tunesmith.errors import SetupError
+from tunesmith.models.quantize_library import (
+    bitsandbytes,
+    int8_linear,
+    is_4bit,
+    is_8bit,
+    keep_trainable,
+    library_scales,
+    library_values,
+)
+from tunesmith.models.quantize_linear import Fp8Linear, Nf4Linear
 from tunesmith.models.sites import find_sites
+from tunesmith.ops.fp8_linear import CAPABILITY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tunesmith.models.settings import ModelSettings
 
-OUTLIER: Final = 6.0
-"""Inputs at least this large are multiplied unrounded (Dettmers et al. 2022, section 3.2)."""
-_SAYS_NOTHING_OF_USE: Final = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
-"""Loggers that warn of a missing inference kernel, and, in every product, of a cast."""
+__all__ = [
+    "bytes_in_memory",
+    "dequantise",
+    "dequantised",
+    "is_quantised",
+    "keep_trainable",
+    "numel",
+    "quantise",
+    "require_quantiser",
+]
 
 
 def require_quantiser(settings: ModelSettings, device: torch.device | str) -> None:
     """Check that this machine can do what `model.quantize` asks for; none asks for nothing.
 
     Raises:
-        SetupError: bitsandbytes is missing or broken, or the device is none that it knows.
+        SetupError: bitsandbytes is needed and missing or broken, the device is none that it
+            knows, or a GPU multiplies no float8.
     """
     if settings.quantize == "none":
         return
-    _bitsandbytes(settings.quantize)
-    kind = torch.device(device).type
-    if kind not in {"cpu", "cuda"}:
+    if settings.quantize != "fp8":
+        bitsandbytes(settings.quantize)
+    device = torch.device(device)
+    if device.type not in {"cpu", "cuda"}:
         raise SetupError(
-            f"model.quantize: {settings.quantize} runs on cpu and cuda and not on '{kind}'; use "
-            "engine.device: cpu, or model.quantize: none"
+            f"model.quantize: {settings.quantize} runs on cpu and cuda and not on "
+            f"'{device.type}'; use engine.device: cpu, or model.quantize: none"
         )
+    if settings.multiplies_float8 and device.type == "cuda":
+        _require_float8(torch.cuda.get_device_capability(device), settings)
+
+
+def _require_float8(capability: tuple[int, int], settings: ModelSettings) -> None:
+    """Raise SetupError where a GPU of this compute capability has no products in float8."""
+    if capability >= CAPABILITY:
+        return
+    has, needs = (f"{major}.{minor}" for major, minor in (capability, CAPABILITY))
+    what, instead = "quantize: fp8", "nf4"
+    if settings.quantize == "nf4":
+        what, instead = "products: float8", "nf4 with model.products: dtype"
+    raise SetupError(
+        f"model.{what} needs a GPU of compute capability {needs} or more (Ada, Hopper and later), "
+        f"and this one has {has}; use model.quantize: {instead}"
+    )
 
 
 def quantise(
@@ -50,10 +82,11 @@ def quantise(
 
     nf4: blocks of 64 weights share a scale, and each weight is one of 16 quantiles of the normal
     distribution; double quantisation keeps the scales in 8 bits (Dettmers et al. 2023,
-    arXiv:2305.14314, sections 3). int8: each row has a scale, and so has each token's input but for
-    its outliers (Dettmers et al. 2022, arXiv:2208.07339). Head, embeddings, norms, biases and all
-    that is not a site of a block stay as they are, and so does what the architecture wants in
-    float32.
+    arXiv:2305.14314, section 3). fp8: each row of a weight has a scale, and so has each token's
+    input and gradient; see `fp8_linear`. int8: each row has a scale, and so has each token's input
+    but for its outliers (Dettmers et al. 2022, arXiv:2208.07339). Head, embeddings, norms, biases
+    and all that is not a site of a block stay as they are, and so does what the architecture wants
+    in float32.
 
     Args:
         model: on the CPU, so that no more of it than one weight lies unquantised on `device`.
@@ -88,14 +121,21 @@ def _quantisable(model: PreTrainedModel) -> list[str]:
 
 def _quantised(plain: Any, settings: ModelSettings, device: torch.device) -> nn.Module:
     """Return the quantised linear map on `device`; a Conv1D's weight is turned to (out, in)."""
-    bnb = _bitsandbytes(settings.quantize)
     weight = plain.weight.detach()
     if isinstance(plain, Conv1D):
         weight = weight.t().contiguous()
-    if settings.quantize == "nf4":
-        new = _nf4(bnb.nn, weight, double=settings.double_quantize, device=device)
+    new: Any
+    if settings.quantize == "fp8":
+        new = Fp8Linear(weight.to(device))
+    elif settings.quantize == "nf4":
+        new = Nf4Linear(
+            weight.to(device),
+            bitsandbytes("nf4"),
+            double=settings.double_quantize,
+            float8=settings.multiplies_float8,
+        )
     else:
-        new = _int8(bnb.nn, weight, device=device)
+        new = int8_linear(weight, device=device)
     if plain.bias is not None:
         new.bias = nn.Parameter(plain.bias.detach().to(device), requires_grad=False)
     # transformers keeps the class here as well, so `dequantise` understands its modules too.
@@ -103,73 +143,17 @@ def _quantised(plain: Any, settings: ModelSettings, device: torch.device) -> nn.
     return new.train(plain.training)
 
 
-def _nf4(library: Any, weight: Tensor, *, double: bool, device: torch.device) -> Any:
-    out_features, in_features = weight.shape
-    with torch.device("meta"):
-        # A dtype of its own, or the first input would decide it, and the bias would follow.
-        new = library.Linear4bit(in_features, out_features, False, compute_dtype=weight.dtype)
-    new.weight = library.Params4bit(
-        weight, requires_grad=False, compress_statistics=double, quant_type="nf4", module=new
-    ).to(device)
-    keep_trainable(new)
-    return new
-
-
-def _int8(library: Any, weight: Tensor, *, device: torch.device) -> Any:
-    out_features, in_features = weight.shape
-    with torch.device("meta"):
-        new = library.Linear8bitLt(
-            in_features, out_features, False, has_fp16_weights=False, threshold=OUTLIER
-        )
-    new.weight = library.Int8Params(weight, requires_grad=False).to(device)
-    new.register_forward_pre_hook(_in_dtype_of_bias)
-    return new
-
-
-def _in_dtype_of_bias(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Bring the input to the bias's dtype, or bitsandbytes brings the bias to the input's."""
-    x, *others = args
-    return args if module.bias is None else (x.to(module.bias.dtype), *others)
-
-
-def keep_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking the 4-bit weights in `model` for inference.
-
-    On CPUs with AVX512-BF16 it does so in the first forward that wants no gradients, such as an
-    evaluation, and for good: the scales are rounded to bfloat16, and products pass no gradient
-    back, without a word.
-
-    Raises:
-        ModelError: it has done so.
-    """
-    for path, module in model.named_modules():
-        if not _is_4bit(module):
-            continue
-        state: Any = module.weight.quant_state
-        if state is not None and vars(state).get("packing_format_for_cpu", False):
-            raise ModelError(
-                f"{path} was run before anything was attached, and bitsandbytes repacked its "
-                "weight for inference, with other scales and without gradients; load the model "
-                "again, with tunesmith.load_model, or attach first"
-            )
-        module.support_avx512bf16_for_cpu = False
-
-
 def is_quantised(module: nn.Module) -> bool:
     """Return whether `module` is a linear map with a quantised weight."""
-    return _is_4bit(module) or _is_8bit(module)
+    return isinstance(module, Fp8Linear | Nf4Linear) or is_4bit(module) or is_8bit(module)
 
 
 @torch.no_grad()
 def dequantised(module: nn.Module) -> Tensor:
     """Return the weight (out, in) of a quantised linear map, float32: what its codes stand for."""
-    functional = sys.modules["bitsandbytes"].functional
-    weight: Any = module.weight
-    if _is_4bit(module):
-        state = copy.copy(weight.quant_state)
-        state.dtype = torch.float32  # not the dtype of before, which would round once more
-        return functional.dequantize_4bit(weight.data, state)
-    return functional.int8_vectorwise_dequant(weight.data, _row_scales(module))
+    if isinstance(module, Fp8Linear | Nf4Linear):
+        return module.values()
+    return library_values(module)
 
 
 def dequantise(model: PreTrainedModel) -> Callable[[], None]:
@@ -205,11 +189,11 @@ def dequantise(model: PreTrainedModel) -> Callable[[], None]:
 
 
 def numel(parameter: Tensor) -> int:
-    """Return how many weights `parameter` stands for; 4-bit codes are packed two in a byte."""
-    bnb = sys.modules.get("bitsandbytes")
-    packed = bnb is not None and isinstance(parameter, bnb.nn.Params4bit)
-    state: Any = vars(parameter)["quant_state"] if packed else None
-    return parameter.numel() if state is None else state.shape.numel()
+    """Return how many weights `parameter` stands for.
+
+    Codes of 8 bits are int8 and those of 4 bits uint8, two in a byte, here and in bitsandbytes.
+    """
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def bytes_in_memory(modules: Iterable[nn.Module]) -> int:
@@ -221,46 +205,7 @@ def bytes_in_memory(modules: Iterable[nn.Module]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _scales(module: Any) -> list[Tensor]:
-    if _is_8bit(module):
-        return [_row_scales(module)]
-    if not _is_4bit(module):
-        return []
-    state = module.weight.quant_state
-    nested = [state.state2.absmax, state.offset] if state.nested else []
-    return [state.absmax, *nested]
-
-
-def _row_scales(module: Any) -> Tensor:
-    """Return an 8-bit map's scales (out,), which its first product moves to the module."""
-    scales: Tensor = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-    return scales
-
-
-def _is_4bit(module: nn.Module) -> bool:
-    # Where nobody has imported bitsandbytes, nothing is of its classes: it costs seconds.
-    bnb = sys.modules.get("bitsandbytes")
-    return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
-
-
-def _is_8bit(module: nn.Module) -> bool:
-    bnb = sys.modules.get("bitsandbytes")
-    return bnb is not None and isinstance(module, bnb.nn.Linear8bitLt)
-
-
-def _bitsandbytes(wanted: str) -> Any:
-    """Return the library.
-
-    Raises:
-        SetupError: it is missing or broken.
-    """
-    for name in _SAYS_NOTHING_OF_USE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        import bitsandbytes
-    except (ImportError, OSError, RuntimeError) as error:
-        raise SetupError(
-            f"model.quantize: {wanted} needs bitsandbytes, which cannot be imported ({error}); "
-            "install it with: pip install 'tunesmith[quantize]'"
-        ) from error
-    return bitsandbytes
+def _scales(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, Fp8Linear | Nf4Linear):
+        return module.scale_tensors()
+    return library_scales(module)

@@ -32,6 +32,7 @@ def skeleton(
     dtype: torch.dtype = torch.float32,
     head: Head | None = None,
     as_saved: bool = False,
+    device: torch.device | str = "meta",
 ) -> PreTrainedModel:
     """Return the model that `settings` name on the meta device; no weight is read.
 
@@ -40,6 +41,7 @@ def skeleton(
         dtype: of the weights.
         head: of a classifier.
         as_saved: without a head for writing where the files hold none, as of an encoder.
+        device: another one gives random weights, as training from scratch would start with.
 
     Raises:
         ModelError: nothing of this name, or a config that transformers does not know.
@@ -51,14 +53,15 @@ def skeleton(
     if head is not None:
         kind = LOADERS[head.kind]
         config.update(head.config())
+    empty = torch.device(device).type == "meta"
     try:
-        with torch.device("meta"), without_progress_bars():
+        with torch.device(device), without_progress_bars():
             model: PreTrainedModel = kind.from_config(config, dtype=dtype)
     except ValueError as error:
         raise ModelError(
             f"model.name: '{settings.name}' cannot be built: {first_line(error)}"
         ) from error
-    if config.model_type in MIXTURES and dtype != torch.bfloat16:
+    if empty and config.model_type in MIXTURES and dtype != torch.bfloat16:
         # Where there are no data, PyTorch's grouped product takes bfloat16 only.
         model.set_experts_implementation("batched_mm")
     model.config._name_or_path = model.name_or_path = settings.name

@@ -5,9 +5,28 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.objectives.classification import Classification
+from tunesmith.objectives.distillation import Distillation
+from tunesmith.objectives.grpo import GRPO
+from tunesmith.objectives.ppo import PPO
+from tunesmith.objectives.preference import Preference
+from tunesmith.objectives.reward import Reward
 from tunesmith.objectives.sft import SFT
 from tunesmith.objectives.token_classification import TokenClassification
 
-ObjectiveUnion = Annotated[SFT | Classification | TokenClassification, Field(discriminator="name")]
+# FromReplies (objectives/sampling.py) is what ppo and grpo have in common.
+ObjectiveUnion = Annotated[
+    SFT | Classification | TokenClassification | Reward | Preference | Distillation | PPO | GRPO,
+    Field(discriminator="name"),
+]
 
-__all__ = ["SFT", "Classification", "ObjectiveUnion", "TokenClassification"]
+__all__ = [
+    "GRPO",
+    "PPO",
+    "SFT",
+    "Classification",
+    "Distillation",
+    "ObjectiveUnion",
+    "Preference",
+    "Reward",
+    "TokenClassification",
+]

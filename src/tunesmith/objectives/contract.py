@@ -22,6 +22,10 @@ class Objective(Settings):
         """Return the summed loss of `batch`, its count and further metrics, not yet divided."""
         raise NotImplementedError
 
+    def prepared(self, batch: Batch) -> Batch:
+        """Return `batch`, still on the CPU, with what `loss` would otherwise wait for a GPU for."""
+        return batch
+
     def count(self, batch: Batch) -> float:
         """Return what the summed loss of `batch` is divided by, without running the model."""
         raise NotImplementedError

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tunesmith.models.output_head import output_head
 from tunesmith.objectives.contract import Objective
-from tunesmith.ops.linear_cross_entropy import linear_cross_entropy_and_correct
+from tunesmith.ops.linear_cross_entropy import (
+    linear_cross_entropy_and_correct,
+    token_log_probs,
+)
 from tunesmith.types import IGNORE, LossTerms
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from tunesmith.types import Batch
+
+
+class SampleLosses(NamedTuple):
+    """What each sample of a batch adds to the loss."""
+
+    nats: Tensor
+    """(samples,) float32: its summed loss."""
+    tokens: Tensor
+    """(samples,) int64: its supervised tokens."""
 
 
 class SFT(Objective):
@@ -34,20 +47,54 @@ class SFT(Objective):
             ModelError: the model has no linear language-model head.
         """
         parts = output_head(model)
-        targets = next_tokens(batch)
+        if "supervised_positions" not in batch:
+            batch = self.prepared(batch)
+        positions, targets = batch["supervised_positions"], batch["supervised_targets"]
         total, correct = linear_cross_entropy_and_correct(
-            parts.hidden_states(batch).flatten(0, 1),
+            parts.hidden_states(batch).flatten(0, 1).index_select(0, positions),
             parts.weight,
-            targets.flatten(),
+            targets,
             bias=parts.scaled_bias(),
             softcap=parts.softcap,
+            all_supervised=True,
         )
-        count = int((targets != IGNORE).sum())
-        return LossTerms(total, count, {"accuracy": correct.to(total.dtype)})
+        return LossTerms(total, len(targets), {"accuracy": correct.to(total.dtype)})
+
+    def prepared(self, batch: Batch) -> Batch:
+        """Return `batch` with where its supervised positions are: finding them waits for a GPU."""
+        targets = next_tokens(batch).flatten()
+        positions = (targets != IGNORE).nonzero().squeeze(-1)
+        found = {"supervised_positions": positions, "supervised_targets": targets[positions]}
+        return batch | found
+
+    def loss_by_sample(
+        self, model: PreTrainedModel, batch: Batch
+    ) -> tuple[LossTerms, SampleLosses]:
+        """Return what `loss` does, and each sample's share of it, in the order of the samples."""
+        parts = output_head(model)
+        targets = next_tokens(batch)
+        hidden, labels = parts.hidden_states(batch).flatten(0, 1), targets.flatten()
+        bias, softcap = parts.scaled_bias(), parts.softcap
+        total, correct = linear_cross_entropy_and_correct(
+            hidden, parts.weight, labels, bias=bias, softcap=softcap
+        )
+        log_probs = token_log_probs(hidden, parts.weight, labels, bias=bias, softcap=softcap)
+        supervised = targets != IGNORE
+        terms = LossTerms(total, int(supervised.sum()), {"accuracy": correct.to(total.dtype)})
+        nats = _by_sample(-log_probs.view_as(targets), batch)
+        return terms, SampleLosses(nats, _by_sample(supervised, batch))
 
     def count(self, batch: Batch) -> int:
         """Return the number of tokens that `loss` sums over."""
         return int((next_tokens(batch) != IGNORE).sum())
+
+
+def _by_sample(values: Tensor, batch: Batch) -> Tensor:
+    """Return the sums over each sample, (samples,), of values (batch, length)."""
+    if "cu_seq_lens_q" not in batch:
+        return values.sum(dim=1)
+    inner = batch["cu_seq_lens_q"][1:-1].cpu()  # where tensor_split wants it
+    return torch.stack([part.sum() for part in values.flatten().tensor_split(inner.long())])
 
 
 def next_tokens(batch: Batch) -> Tensor:

@@ -1,7 +1,9 @@
 """The parts of a head that runs over a few positions at a time: cutting, softmax, gradients."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +12,29 @@ from torch import Tensor
 _CHUNK_ELEMENTS = {"cpu": 2**24, "other": 2**27}
 # Softmax runs over so few rows at a time that they stay in a CPU's cache; a GPU takes the chunk.
 _BLOCK_ELEMENTS = {"cpu": 2**19, "other": 2**27}
+
+
+_PLANNED: Final[ContextVar[str | None]] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def sized_for(device_type: str) -> Iterator[None]:
+    """Cut as on such a device inside a `with` block, wherever the tensors are: to simulate it."""
+    token = _PLANNED.set(device_type)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
+def device_type(tensor: Tensor) -> str:
+    """Return where `tensor` lies, or would lie in what `sized_for` simulates."""
+    return _PLANNED.get() or tensor.device.type
+
+
+def simulating() -> bool:
+    """Return whether `sized_for` is at work, so that only sizes count."""
+    return _PLANNED.get() is not None
 
 
 class Head(NamedTuple):
@@ -53,20 +78,8 @@ def blocks(chunk: slice, rows: int, weight: Tensor) -> Iterator[tuple[slice, sli
         yield slice(chunk.start + start, chunk.start + stop), slice(start, stop)
 
 
-def logits_workspace(rows: int, vocab: int, device_type: str) -> int:
-    """Return the bytes that the loss holds at once beside its inputs, for bfloat16 products.
-
-    A chunk's logits, and of a block of them the logits and the softmax in float32.
-    """
-    chunk, block = (
-        min(rows * vocab, elements.get(device_type, elements["other"]))
-        for elements in (_CHUNK_ELEMENTS, _BLOCK_ELEMENTS)
-    )
-    return 2 * chunk + 8 * block
-
-
 def _rows_within(elements: dict[str, int], weight: Tensor) -> int:
-    limit = elements.get(weight.device.type, elements["other"])
+    limit = elements.get(device_type(weight), elements["other"])
     return max(1, limit // weight.shape[0])
 
 
@@ -129,8 +142,16 @@ class Gradients(NamedTuple):
     def add(self, chunk: slice, by_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Take in a chunk: the gradient by its logits, (rows, vocab), and its hidden states."""
         if self.hidden is not None:
-            self.hidden[chunk] = by_logits @ weight
+            torch.mm(by_logits, weight, out=self.hidden[chunk])
         if self.weight is not None:
-            self.weight.add_(by_logits.T @ hidden[chunk])
+            _add_product(self.weight, by_logits.T, hidden[chunk])
         if self.bias is not None:
             self.bias.add_(by_logits.sum(0, dtype=self.bias.dtype))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to `total`; on a GPU the product is never rounded, nor written by itself."""
+    if total.is_cuda and total.dtype == torch.float32 != a.dtype:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(a @ b)

@@ -22,8 +22,10 @@ from tunesmith.ops.chunked_head import (
     blocks,
     chunks,
     compute_dtype,
+    device_type,
     exact_dtype,
 )
+from tunesmith.ops.loss_by_logits import fused_loss_by_logits
 from tunesmith.types import IGNORE
 
 
@@ -53,6 +55,8 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     chunk_size: int | None = None,
     softcap: float | None = None,
+    z_loss: float | None = None,
+    all_supervised: bool = False,
 ) -> Tensor:
     """Return the sum of -log p(label) over the positions whose label is not IGNORE.
 
@@ -68,11 +72,14 @@ def linear_cross_entropy(
         chunk_size: positions a chunk; by default as many as keep its logits near 64 MiB on a CPU
             and 512 MiB elsewhere.
         softcap: c of c tanh(z / c) on the logits (Gemma 2, arXiv:2408.00118, sec. 2).
+        z_loss: zeta of the term zeta (log sum exp z)^2 that is added for each position and keeps
+            the logits from drifting (PaLM, arXiv:2204.02311, sec. 5).
+        all_supervised: that no label is IGNORE, so that nobody looks: on a GPU that would wait.
 
     Returns:
         () float32 (float64 for float64 inputs), in nats; 0 without supervised positions.
     """
-    options = _Options(softcap, chunk_size)
+    options = _Options(softcap, chunk_size, z_loss=z_loss, all_supervised=all_supervised)
     return _summed_loss(hidden, Head(weight, bias), labels, options=options).total
 
 
@@ -84,9 +91,11 @@ def linear_cross_entropy_and_correct(
     bias: Tensor | None = None,
     chunk_size: int | None = None,
     softcap: float | None = None,
+    z_loss: float | None = None,
+    all_supervised: bool = False,
 ) -> LossAndCorrect:
     """Return what `linear_cross_entropy` does and how many labels have the largest logit."""
-    options = _Options(softcap, chunk_size, count_correct=True)
+    options = _Options(softcap, chunk_size, True, z_loss=z_loss, all_supervised=all_supervised)
     return _summed_loss(hidden, Head(weight, bias), labels, options=options)
 
 
@@ -127,14 +136,17 @@ class _Options(NamedTuple):
     chunk_size: int | None
     count_correct: bool = False
     with_entropy: bool = False
+    z_loss: float | None = None
+    all_supervised: bool = False
 
 
 def _summed_loss(
     hidden: Tensor, head: Head, labels: Tensor, *, options: _Options
 ) -> LossAndCorrect:
-    supervised = (labels != IGNORE).nonzero().squeeze(-1)
-    if len(supervised) < len(labels):
-        hidden, labels = hidden[supervised], labels[supervised]
+    if not options.all_supervised:
+        supervised = (labels != IGNORE).nonzero().squeeze(-1)
+        if len(supervised) < len(labels):
+            hidden, labels = hidden[supervised], labels[supervised]
     dtype = compute_dtype(hidden, head.weight)
     graph = torch.is_grad_enabled()
     values = _SummedLoss.apply(  # type: ignore[no-untyped-call]
@@ -157,7 +169,7 @@ def _per_token(
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum of -log p. Its gradient by the logits, p - onehot(y), is known in the forward pass."""
+    """Sum of -log p and the z-loss. Its gradient by the logits is known in the forward pass."""
 
     @staticmethod
     def forward(
@@ -168,16 +180,10 @@ class _SummedLoss(torch.autograd.Function):
         head, hidden = Head(weight, bias).cast(dtype), hidden.detach().to(dtype)
         gradients = Gradients.start(hidden, head, needed)
         total, correct = hidden.new_zeros((), dtype=exact_dtype(dtype)), labels.new_zeros(())
+        work = _Work(head.weight, labels, total, correct, options, any(needed))
+        by_logits = work.whole if device_type(hidden) == "cuda" and any(needed) else work.in_blocks
         for chunk in chunks(len(labels), weight, options.chunk_size):
-            logits = F.linear(hidden[chunk], *head)
-            for rows, block in blocks(chunk, len(logits), weight):
-                softmax = Softmax.of(logits[block], options.softcap)
-                total -= softmax.log_probs(labels[rows]).sum()
-                if options.count_correct:
-                    correct += (softmax.logits.argmax(-1) == labels[rows]).sum()
-                if any(needed):
-                    logits[block] = _loss_by_logits(softmax, labels[rows], options.softcap)
-                del softmax  # or it would be there while the next one is made
+            logits = by_logits(chunk, F.linear(hidden[chunk], *head))
             gradients.add(chunk, logits, hidden, head.weight)
             del logits
         ctx.save_for_backward(*gradients)
@@ -194,9 +200,46 @@ class _SummedLoss(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _loss_by_logits(softmax: Softmax, labels: Tensor, softcap: float | None) -> Tensor:
-    by_logits = softmax.p.scatter_add_(-1, labels[:, None], -torch.ones_like(softmax.log_sum))
-    return softmax.uncapped(by_logits, softcap)
+class _Work(NamedTuple):
+    """What is done with each chunk's logits, (rows, vocab); both ways come to the same."""
+
+    weight: Tensor
+    labels: Tensor
+    total: Tensor
+    correct: Tensor
+    options: _Options
+    with_gradient: bool
+
+    def whole(self, chunk: slice, logits: Tensor) -> Tensor:
+        """Add to the sums and return the gradient by the logits: in one pass, for a GPU."""
+        options = self.options
+        done = fused_loss_by_logits(logits, self.labels[chunk], options.softcap, options.z_loss)
+        self.total.add_(done.total)
+        self.correct.add_(done.correct)
+        return done.gradient
+
+    def in_blocks(self, chunk: slice, logits: Tensor) -> Tensor:
+        """Do so in blocks that a CPU's cache holds, and in the place of the logits."""
+        options = self.options
+        for rows, block in blocks(chunk, len(logits), self.weight):
+            softmax = Softmax.of(logits[block], options.softcap)
+            self.total.sub_(softmax.log_probs(self.labels[rows]).sum())
+            if options.z_loss is not None:
+                self.total.add_(options.z_loss * softmax.log_sum.square().sum())
+            if options.count_correct:
+                self.correct.add_((softmax.logits.argmax(-1) == self.labels[rows]).sum())
+            if self.with_gradient:
+                logits[block] = _loss_by_logits(softmax, self.labels[rows], options)
+            del softmax  # or it would be there while the next one is made
+        return logits
+
+
+def _loss_by_logits(softmax: Softmax, labels: Tensor, options: _Options) -> Tensor:
+    by_logits = softmax.p
+    if options.z_loss is not None:
+        by_logits = by_logits.mul_(1 + 2 * options.z_loss * softmax.log_sum)
+    by_logits.scatter_add_(-1, labels[:, None], -torch.ones_like(softmax.log_sum))
+    return softmax.uncapped(by_logits, options.softcap)
 
 
 class _PerToken(torch.autograd.Function):

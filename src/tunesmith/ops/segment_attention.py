@@ -71,6 +71,18 @@ def segment_attention(  # noqa: PLR0913 - all that attention depends on
             window=_reach(window, causal=causal),
             prefix=prefix,
         )
+    if _in_graph(q, capped=softcap is not None):
+        seen = _own_segment(cu_seq_lens.to(q.device), q.shape[2], window, causal=causal)
+        if prefix is not None:
+            seen = F.pad(seen, (prefix[0].shape[2], 0), value=True)
+            k, v = (torch.cat(x, 2) for x in zip(prefix, (k, v), strict=True))
+        if softcap is not None:
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            return capped_attention(q, k, v, seen, scaling=scale, softcap=softcap, dropout=dropout)
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+        )
     lengths = cu_seq_lens.diff().tolist()
     # One split and not a slice a segment: its backward is one concatenation.
     segments = zip(*(torch.split(x, lengths, dim=2) for x in (q, k, v)), strict=True)
@@ -82,10 +94,10 @@ def segment_attention(  # noqa: PLR0913 - all that attention depends on
             key, value = (torch.cat(x, 2) for x in zip(prefix, (key, value), strict=True))
         mask = _band(query, window, extra, causal=causal)
         if softcap is not None:
-            seen = _lower(query) if mask is None and causal else mask
+            lower = _lower(query) if mask is None and causal else mask
             scale = q.shape[-1] ** -0.5 if scaling is None else scaling
             options = {"scaling": scale, "softcap": softcap, "dropout": dropout}
-            outs.append(capped_attention(query, key, value, seen, **options))
+            outs.append(capped_attention(query, key, value, lower, **options))
             continue
         outs.append(
             F.scaled_dot_product_attention(
@@ -100,6 +112,28 @@ def segment_attention(  # noqa: PLR0913 - all that attention depends on
             )
         )
     return torch.cat(outs, dim=2)
+
+
+def _in_graph(q: Tensor, *, capped: bool) -> bool:
+    """Return whether this is traced, where segments cannot go one by one.
+
+    Capped scores are written out, and all of them at once fit into no GPU's memory, so there the
+    compiler is left to say that it cannot.
+    """
+    return torch.compiler.is_compiling() and not (capped and q.is_cuda)
+
+
+def _own_segment(bounds: Tensor, tokens: int, window: int | None, *, causal: bool) -> Tensor:
+    """Return (tokens, tokens) bool: what each token sees of all segments, side by side."""
+    place = torch.arange(tokens, device=bounds.device)
+    segment = torch.searchsorted(bounds[1:], place, right=True)
+    seen = segment[:, None] == segment
+    behind = place[:, None] - place
+    if causal:
+        seen = seen & (behind >= 0)
+    if window is not None:
+        seen = seen & (behind.abs() < window)
+    return seen
 
 
 def _lower(q: Tensor) -> Tensor:

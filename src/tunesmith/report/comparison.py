@@ -21,6 +21,7 @@ _NONE: Final = "\u2013"
 def columns(findings: Findings) -> list[str]:
     """Return the table's headings."""
     general = ["forgetting"] if any(r.forgetting is not None for r in findings.rows) else []
+    prompt = ["longer prompt"] if any(r.prompt_tokens is not None for r in findings.rows) else []
     return [
         "",
         words.metric_name(findings.metric),
@@ -34,6 +35,7 @@ def columns(findings: Findings) -> list[str]:
         "tokens/s",
         "inference",
         *general,
+        *prompt,
         "learning rate",
     ]
 
@@ -46,8 +48,10 @@ def cells(findings: Findings, row: FoundRow) -> list[str]:
     if row.low is not None and row.high is not None:
         low, high = (words.metric(findings.metric, end) for end in (row.low, row.high))
         interval = f"{low} to {high}"
-    general = (
-        [_or(row.forgetting, lambda f: f"{f:+.3f}")] if "forgetting" in columns(findings) else []
+    shown = columns(findings)
+    general = [_or(row.forgetting, lambda f: f"{f:+.3f}")] if "forgetting" in shown else []
+    prompt = (
+        [_or(row.prompt_tokens, lambda n: f"{n:,.0f} tokens")] if "longer prompt" in shown else []
     )
     return [
         words.metric(findings.metric, row.quality),
@@ -59,10 +63,17 @@ def cells(findings: Findings, row: FoundRow) -> list[str]:
         _or(row.peak_bytes, words.size),
         _or(row.seconds_per_step, lambda s: f"{s:.3f}"),
         _or(row.tokens_per_second, words.count),
-        _or(row.slowdown, lambda s: f"{s:.2f} x"),
+        _inference(row),
         *general,
+        *prompt,
         _or(row.learning_rate, lambda r: f"{r:.2g}"),
     ]
+
+
+def _inference(row: FoundRow) -> str:
+    """Return the slowdown as trained, and merged where that differs."""
+    shown = _or(row.slowdown, lambda s: f"{s:.2f} x")
+    return f"{shown} (merged 1 x)" if row.merges and row.slowdown is not None else shown
 
 
 def _or(value: float | None, show: Any) -> str:
@@ -172,8 +183,15 @@ def _note(findings: Findings) -> str:
         if "forgetting" in columns(findings)
         else ""
     )
+    prompt = (
+        " Rows that end in -shot train nothing: the untrained model is asked, with so many "
+        "examples of the training data before each prompt."
+        if "longer prompt" in columns(findings)
+        else ""
+    )
     return (
         "Intervals and p-values come from the paired bootstrap over evaluation rows and seeds; "
         f"marked rows cannot be told from the best (p >= {SIGNIFICANT}). Inference is the time of "
-        f"a forward pass over the plain base's; merging, where a method can, removes it.{general}"
+        f"a forward pass over the plain base's; a merged model is a plain one again, so merging, "
+        f"where a method can, brings it to 1 x.{general}{prompt}"
     )

@@ -48,6 +48,10 @@ class FoundRow:
     general_before: float | None = None
     general_after: float | None = None
     """Loss on general text in nats a token; its rise is forgetting."""
+    prompt_tokens: float | None = None
+    """Tokens that examples add to a prompt, of a row that prompts only; 0 without examples."""
+    merges: bool | None = None
+    """Whether the method merges into the base, which then is as fast as without it."""
     steps: int | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
     """Training loss of the first seed."""
@@ -90,7 +94,11 @@ class FoundRow:
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "inference_slowdown": self.slowdown,
+            "inference_slowdown_merged": 1.0 if self.merges else None,
+            "general_loss_before": self.general_before,
+            "general_loss_after": self.general_after,
             "forgetting_nats": self.forgetting,
+            "prompt_tokens_added": self.prompt_tokens,
             "steps": self.steps,
         }
 

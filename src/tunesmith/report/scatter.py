@@ -52,7 +52,7 @@ def draw_costs(
         _label(axes, dots)
 
     caption = "On the front, by rising cost: " + ", ".join(dots[i].name for i in best) + "."
-    return _drawn(title, caption, plot, x=cost, y=quality, size=(5.8, 4.4))
+    return drawn(title, caption, plot, x=cost, y=quality, size=(5.8, 4.4))
 
 
 def draw_curves(title: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
@@ -76,7 +76,7 @@ def draw_curves(title: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -
         )  # fmt: skip
 
     caption = f"Training loss of {len(curves)} rows, smoothed."
-    return _drawn(title, caption, plot, x="step", y="loss", size=(5.8, 5.4))
+    return drawn(title, caption, plot, x="step", y="loss", size=(5.8, 5.4))
 
 
 def _scale(axes: Axes, costs: Sequence[float]) -> None:
@@ -137,7 +137,7 @@ def spread(places: Sequence[float], *, gap: float = 0.05) -> list[float]:
     return moved
 
 
-def _drawn(
+def drawn(
     title: str,
     caption: str,
     plot: Callable[[Axes], None],
@@ -146,6 +146,7 @@ def _drawn(
     y: str,
     size: tuple[float, float],
 ) -> Chart:
+    """Return a chart of what `plot` draws, with the names of its axes and its size in inches."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

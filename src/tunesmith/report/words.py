@@ -7,13 +7,14 @@ from typing import Any, Final
 
 SHARES: Final = {
     "accuracy", "token_accuracy", "exact_match", "macro_f1", "micro_f1", "best_micro_f1",
+    "entity_f1", "entity_precision", "entity_recall",
 }  # fmt: skip
 """Metrics from 0 to 1 that are read as a percentage."""
 LESS_IS_BETTER: Final = {"loss", "perplexity", "mse"}
 NEITHER_IS_BETTER: Final = {"threshold"}
 _NAMES: Final = {
     "bleu": "BLEU", "rouge_l": "ROUGE-L", "mcc": "MCC", "mse": "Mean squared error",
-    "macro_f1": "Macro-F1", "micro_f1": "Micro-F1",
+    "entity_f1": "Entity F1", "macro_f1": "Macro-F1", "micro_f1": "Micro-F1",
     "best_micro_f1": "Micro-F1 at the best threshold",
     "threshold": "Best threshold",
 }  # fmt: skip

@@ -1,0 +1,296 @@
+"""Prompts for runs that learn from the model's own replies, with the columns of their rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from tunesmith.data.conversation import as_text, conversation, message
+from tunesmith.data.corpus import hold_out
+from tunesmith.data.formats import bad, fill, layout_of, renamed, stop_at
+from tunesmith.data.mixing import epoch_counts, epoch_order
+from tunesmith.data.prepare import PreparedData
+from tunesmith.data.render import Renderer
+from tunesmith.data.rows import BadRow, RawRow
+from tunesmith.data.sources import Located, locate, read
+from tunesmith.data.statistics import DataReport, SourceReport, histogram
+from tunesmith.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from tunesmith.data.rows import Values
+    from tunesmith.data.settings import DataSettings, Source
+    from tunesmith.types import JSON
+
+_MESSAGES_KEPT: Final = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One prompt."""
+
+    input_ids: list[int]
+    """Tokens of the turns before the reply, with the header of the assistant's turn."""
+    messages: list[Values]
+    """Those turns."""
+    columns: Values
+    """The row as its file has it, for rewards."""
+
+    @property
+    def text(self) -> str:
+        """The last turn's text."""
+        return str(self.messages[-1]["content"])
+
+
+@dataclass(frozen=True)
+class AskedReport(DataReport):
+    """What the prompts of one side are like."""
+
+    def lines(self) -> list[str]:
+        """Return the report in words, a fact a line."""
+        told = [
+            f"{source.name}: {source.rows:,} rows as {source.format}"
+            + (f", {source.bad:,} bad and skipped" if source.bad else "")
+            + (f", {source.dropped:,} too long for a reply and dropped" if source.dropped else "")
+            for source in self.sources
+        ]
+        return [*told, f"{self.kept:,} prompts with {self.tokens:,} tokens"]
+
+
+class AskedStream:
+    """An endless order of prompts in which each epoch follows from seed and number alone."""
+
+    def __init__(
+        self, rows: Sequence[Asked], report: AskedReport, settings: DataSettings, *, seed: int
+    ) -> None:
+        self.rows = rows
+        self._report = report
+        self._seed, self._shuffle = seed, settings.shuffle
+        self._epoch = self._position = 0
+        self._order = self._order_of(0)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Prompts of an epoch."""
+        return len(self.rows)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs taken so far."""
+        return self._epoch + self._position / len(self.rows)
+
+    def take(self, count: int) -> list[Asked]:
+        """Return the next `count` prompts, going on into the next epoch where one ends."""
+        taken = []
+        for _ in range(count):
+            if self._position == len(self.rows):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._order_of(self._epoch)
+            taken.append(self.rows[int(self._order[self._position])])
+            self._position += 1
+        return taken
+
+    def peek(self, count: int) -> list[Asked]:
+        """Return the next `count` prompts without taking them."""
+        state = self.state_dict()
+        rows = self.take(count)
+        self.load_state_dict(state)
+        return rows
+
+    def report(self) -> AskedReport:
+        """Return what the prompts are like."""
+        return self._report
+
+    def state_dict(self) -> dict[str, JSON]:
+        """Return the place, and the number of prompts by which other data is noticed."""
+        return {"epoch": self._epoch, "position": self._position, "prompts": len(self.rows)}
+
+    def load_state_dict(self, state: dict[str, JSON]) -> None:
+        """Go to the place where `state` was taken.
+
+        Raises:
+            DataError: the state was taken over other data.
+        """
+        if state.get("prompts") != len(self.rows):
+            raise DataError(
+                f"the checkpoint was made with {state.get('prompts')} prompts, and there are "
+                f"{len(self.rows)} now; resume with the same data and data settings"
+            )
+        self._epoch, self._position = int(str(state["epoch"])), int(str(state["position"]))
+        self._order = self._order_of(self._epoch)
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        sizes = [len(self.rows)]
+        counts = epoch_counts(sizes, [1.0], "concatenate")
+        return epoch_order(sizes, counts, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
+
+
+@dataclass(frozen=True)
+class AskedData(PreparedData):
+    """The prompts of a run. Nothing is held back that has a loss, since no reply is known."""
+
+    train: AskedStream  # type: ignore[assignment]  # rows come of it when answered
+    asked: Sequence[Asked]
+    """Held back for evaluation."""
+    asked_report: AskedReport | None
+
+    @property
+    def evaluation_report(self) -> AskedReport | None:
+        """What the prompts held back are like."""
+        return self.asked_report
+
+
+def prepare_asked(
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    reply_length: int,
+    prompt_tokens: int | None = None,
+) -> AskedData:
+    """Return the prompts of a run: read, rendered, tokenised, and those too long left out.
+
+    A row is a conversation up to its last assistant's turn, or has a column `prompt`, or what
+    `data.train[].prompt` makes of its columns.
+
+    Args:
+        settings: the `data` part of a run file.
+        tokenizer: with a chat template.
+        seed: of the run: decides the order.
+        reply_length: tokens that a reply may have; prompt and reply fit `data.max_length`.
+        prompt_tokens: keep the first so many tokens of each prompt only.
+
+    Raises:
+        DataError: a source cannot be found, read or understood, a row is bad, or too many prompts
+            are too long.
+    """
+    if settings.streaming or settings.packing:
+        which = "streaming" if settings.streaming else "packing"
+        raise DataError(f"data.{which}: prompts are all read before and stay apart; use false")
+    reader = _Reader(
+        settings, Renderer(tokenizer), settings.max_length - reply_length, prompt_tokens
+    )
+    rows, report = reader.read(settings.train)
+    held: list[Asked] = []
+    held_report: AskedReport | None = None
+    if settings.evaluation:
+        held, held_report = reader.read(settings.evaluation)
+    elif settings.holdout:
+        hashes = np.array([_hash(row) for row in rows], dtype=np.uint64)
+        flags = hold_out(hashes, holdout=settings.holdout, seed=settings.holdout_seed)
+        held = [row for row, flag in zip(rows, flags, strict=True) if flag]
+        rows = [row for row, flag in zip(rows, flags, strict=True) if not flag]
+        held_report, report = _report(report.sources, held), _report(report.sources, rows)
+    return AskedData(AskedStream(rows, report, settings, seed=seed), None, held, held_report)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    settings: DataSettings
+    renderer: Renderer
+    longest: int
+    prompt_tokens: int | None
+
+    def read(self, sources: Sequence[Source]) -> tuple[list[Asked], AskedReport]:
+        rows: list[Asked] = []
+        reports = []
+        for source in sources:
+            found, report = self._source(locate(source))
+            rows += found
+            reports.append(report)
+        dropped, kept = sum(report.dropped for report in reports), len(rows)
+        if not rows or dropped > self.settings.max_dropped * (dropped + kept):
+            raise DataError(
+                f"data.max_length: {dropped} of {dropped + kept} prompts have more than "
+                f"{self.longest} tokens, which max_length {self.settings.max_length} leaves beside "
+                "rollout.max_new_tokens; raise it, shorten replies, or raise data.max_dropped"
+            )
+        return rows, _report(tuple(reports), rows)
+
+    def _source(self, located: Located) -> tuple[list[Asked], SourceReport]:
+        rows: list[Asked] = []
+        total = dropped = 0
+        messages: list[str] = []
+        for raw in read(located):
+            total += 1
+            row = self._row(located, raw)
+            if isinstance(row, BadRow):
+                if self.settings.on_bad_row == "stop":
+                    raise stop_at(row)
+                messages.append(row.message)
+            elif len(row.input_ids) > self.longest:
+                dropped += 1
+            else:
+                rows.append(row)
+        kept = tuple(messages[:_MESSAGES_KEPT])
+        report = SourceReport(located.name, "prompts", total, len(messages), dropped, kept)
+        return rows, report
+
+    def _row(self, located: Located, raw: RawRow | BadRow) -> Asked | BadRow:
+        if isinstance(raw, BadRow):
+            return raw
+        try:
+            messages = list(turns_asked(located, raw.values))
+            ids = self.renderer.asked(conversation(messages))
+            if self.prompt_tokens is not None:
+                ids = ids[: self.prompt_tokens]
+                said = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
+                messages = [{"role": "user", "content": said}]
+            return Asked(ids, messages, dict(raw.values))
+        except DataError as error:
+            return bad(raw, error)
+
+
+def turns_asked(located: Located, values: Values) -> Iterator[Values]:
+    """Yield the turns of a row before the reply, the system's first where there is one.
+
+    Raises:
+        DataError: nothing is asked.
+    """
+    source = located.source
+    if source.prompt is not None:
+        turns: list[Values] = [{"role": "user", "content": fill(source.prompt, values)}]
+    else:
+        row = renamed(values, source.columns)
+        if "prompt" in row and not isinstance(row["prompt"], list):
+            turns = [{"role": "user", "content": as_text(row["prompt"], "'prompt'")}]
+        elif isinstance(given := row.get("prompt", row.get("messages")), list):
+            turns = [
+                message(turn, number, role_key="role", content_key="content")
+                for number, turn in enumerate(given, start=1)
+            ]
+        else:
+            sample = layout_of(located).convert(values)
+            turns = [dict(turn) for turn in getattr(sample, "messages", ())]
+    asked = conversation(turns, system=source.system)
+    before = asked.messages[: asked.reply_at]
+    if not before:
+        raise DataError(
+            f"asks nothing: it has neither a `prompt` nor a turn before the assistant's; its "
+            f"columns are {', '.join(values)}"
+        )
+    yield from before
+
+
+def _hash(row: Asked) -> int:
+    ids = np.array(row.input_ids, dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest())
+
+
+def _report(sources: tuple[SourceReport, ...], rows: Sequence[Asked]) -> AskedReport:
+    lengths = Counter(len(row.input_ids) for row in rows)
+    return AskedReport(
+        sources=sources,
+        kept=len(rows),
+        truncated=0,
+        tokens=sum(length * count for length, count in lengths.items()),
+        supervised_tokens=0,
+        lengths=histogram(lengths),
+    )

@@ -1,0 +1,203 @@
+"""Judging the policies of a chain: replies, the judge's scores, and what they say together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from tunesmith.engine.checkpoint import checkpoints, load_trainable, step_of
+from tunesmith.jobs.align_replies import Asked, Said, Writing, held_out_prompts, said_by
+from tunesmith.jobs.result import load_run
+from tunesmith.jobs.reward_runs import open_reward_run
+from tunesmith.jobs.run_directory import write_json
+from tunesmith.measure.diversity import distinct, self_bleu
+from tunesmith.measure.intervals import bootstrap_interval
+from tunesmith.rewards.build import build_reward
+
+if TYPE_CHECKING:
+    from tunesmith.jobs.align_spec import JudgedSettings
+    from tunesmith.rewards.contract import RewardKind
+
+BASE: Final = "base"
+"""Name of the untuned model among the policies."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One of the models that are judged."""
+
+    name: str
+    run: Path
+    """Run directory that it is loaded from."""
+    tuned: bool = True
+    """Whether it is the run's result, or the model that the run started from."""
+    step: int | None = None
+    """The checkpoint of that step instead of the result."""
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What is to be judged, and by whom."""
+
+    policies: tuple[Policy, ...]
+    """From the base to the final policy, then checkpoints of the final one."""
+    judge: tuple[RewardKind, ...]
+    settings: JudgedSettings
+    folder: Path
+    """Gets a file a policy."""
+
+
+def judge(judging: Judging) -> None:
+    """Write the replies of each policy with the judge's scores; what is there already stays."""
+    replies = {policy.name: _replies(judging, policy) for policy in judging.policies}
+    missing = [name for name, found in replies.items() if "rewards" not in found]
+    if not missing:
+        return
+    reward = build_reward(judging.judge, open_reward_run)
+    for name in missing:
+        found = replies[name]
+        asked = [Asked(tuple(p["messages"]), p["columns"], []) for p in found["prompts"]]
+        rows = [one.scored(reply) for one, reply in zip(asked, found["replies"], strict=True)]
+        found["rewards"] = reward(rows)
+        write_json(judging.folder / f"{name}.json", found)
+
+
+def _replies(judging: Judging, policy: Policy) -> dict[str, Any]:
+    """Return the replies of a policy, from its file where they were written in the same way."""
+    path = judging.folder / f"{policy.name}.json"
+    summary = policy.run / "summary.json"
+    wanted = {
+        "policy": [policy.run.name, policy.tuned, policy.step],
+        "of": summary.read_text(encoding="utf-8"),
+        "settings": judging.settings.model_dump(mode="json"),
+        "judge": [reward.model_dump(mode="json") for reward in judging.judge],
+    }
+    if path.is_file():
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if known["made"] == wanted:
+            return known
+    asked, said = _ask(judging, policy)
+    found = {
+        "made": wanted,
+        "prompts": [{"messages": one.messages, "columns": one.columns} for one in asked],
+        **said._asdict(),
+    }
+    judging.folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return written
+
+
+def _ask(judging: Judging, policy: Policy) -> tuple[list[Asked], Said]:
+    settings = judging.settings
+    loaded = load_run(policy.run)
+    if policy.step is not None:
+        found = {step_of(path): path for path in checkpoints(policy.run)}
+        saved = load_trainable(found[policy.step])
+        # A checkpoint of PPO also holds the value function, which is no part of the policy.
+        loaded.tuned.load_state_dict({name: saved[name] for name in loaded.tuned.state_dict()})
+    asked = held_out_prompts(settings.prompts, loaded.tokenizer, settings.limit)
+    how = Writing(settings.temperature, settings.max_new_tokens, settings.batch_size, settings.seed)
+    return asked, said_by(loaded, [one.input_ids for one in asked], how, tuned=policy.tuned)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of one policy."""
+
+    name: str
+    step: int | None
+    reward: float
+    """Mean of the judge's rewards."""
+    low: float
+    high: float
+    """95 % bootstrap interval of that mean over prompts."""
+    won: dict[str, float]
+    """Share of prompts on which the judge prefers its reply to each earlier policy's; a tie counts
+    half."""
+    kl: float | None
+    """Mean over prompts of log p - log q of its replies, in nats a reply, p the policy and q what
+    its stage started from; an estimate of their KL divergence, which may fall below 0 by chance."""
+    length: float
+    """Mean tokens a reply."""
+    ended: float
+    """Share of replies that ended by themselves."""
+    distinct_1: float | None
+    distinct_2: float | None
+    self_bleu: float
+
+
+def verdicts(judging: Judging) -> list[Verdict]:
+    """Return what the files of a judgement say of each policy, in their order."""
+    read = {
+        policy.name: json.loads((judging.folder / f"{policy.name}.json").read_text("utf-8"))
+        for policy in judging.policies
+    }
+    found = []
+    for number, policy in enumerate(judging.policies):
+        earlier = [p.name for p in judging.policies[:number] if p.step is None]
+        others = {name: read[name]["rewards"] for name in earlier}
+        found.append(_verdict(policy, read[policy.name], others if policy.step is None else {}))
+    return found
+
+
+def _verdict(
+    policy: Policy, found: Mapping[str, Any], others: Mapping[str, Sequence[float]]
+) -> Verdict:
+    rewards, replies = found["rewards"], found["replies"]
+    interval = bootstrap_interval(rewards)
+    divergences = found["divergences"]
+    return Verdict(
+        name=policy.name,
+        step=policy.step,
+        reward=float(np.mean(rewards)),
+        low=interval.low,
+        high=interval.high,
+        won={name: win_rate(found["rewards"], other) for name, other in others.items()},
+        kl=None if divergences is None else float(np.mean(divergences)),
+        length=float(np.mean(found["lengths"])),
+        ended=float(np.mean(found["ended"])),
+        distinct_1=_number(distinct(replies, 1)),
+        distinct_2=_number(distinct(replies, 2)),
+        self_bleu=self_bleu(replies),
+    )
+
+
+def win_rate(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the share of places at which `one` is larger; an equal one counts half."""
+    points = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(one, other, strict=True)]
+    return sum(points) / len(points)
+
+
+def side_by_side(judging: Judging, count: int) -> list[dict[str, Any]]:
+    """Return the first prompts with what each policy replied, checkpoints left out."""
+    whole = [policy.name for policy in judging.policies if policy.step is None]
+    read = {
+        name: json.loads((judging.folder / f"{name}.json").read_text("utf-8")) for name in whole
+    }
+    prompts = read[whole[0]]["prompts"][:count]
+    return [
+        {
+            "prompt": "\n\n".join(str(turn["content"]) for turn in prompt["messages"]),
+            "replies": [
+                {"policy": n, "reply": read[n]["replies"][at], "reward": read[n]["rewards"][at]}
+                for n in whole
+            ],
+        }
+        for at, prompt in enumerate(prompts)
+    ]
+
+
+def as_json(found: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Return verdicts as JSON holds them."""
+    return [asdict(verdict) for verdict in found]
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

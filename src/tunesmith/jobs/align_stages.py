@@ -1,0 +1,128 @@
+"""Running the stages of a chain: each in a process of its own, none twice, each resumed inside."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from filelock import FileLock
+
+from tunesmith.errors import TrainingError, TunesmithError
+from tunesmith.jobs.run_directory import RunDirectory, clear, write_text
+
+if TYPE_CHECKING:
+    from tunesmith.spec import Run
+
+_WATCH_SECONDS: Final = 1.0
+_LOCK_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of a chain."""
+
+    title: str
+    run: Run
+    needs: tuple[Path, ...]
+    """Files of earlier steps that it builds on; where one changes, it is run again."""
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Where it lies."""
+        return RunDirectory(self.run.directory)
+
+    @property
+    def asked(self) -> Path:
+        """What was asked for, written before it begins."""
+        return self.run.directory.with_name(f"{self.run.name}.asked.yaml")
+
+    def to_text(self) -> str:
+        """Return the run file with the marks of what it builds on."""
+        marks = [f"# {path.name} {_digest(path)}\n" for path in self.needs]
+        return "".join([*marks, self.run.to_yaml()])
+
+    def begun(self) -> bool:
+        """Return whether exactly this was begun."""
+        return self.asked.is_file() and self.asked.read_text(encoding="utf-8") == self.to_text()
+
+    def finished(self) -> bool:
+        """Return whether exactly this lies there whole."""
+        return self.directory.summary.is_file() and self.begun()
+
+
+def run_step(step: Step, say: Callable[[str], None]) -> None:
+    """Train a step unless it is finished; what was begun goes on from its newest checkpoint.
+
+    Raises:
+        TrainingError: the run failed or was interrupted; the message says which and how to go on.
+    """
+    if step.finished():
+        say(f"{step.title}: finished before")
+        return
+    begun = step.begun()
+    say(f"{step.title}: {'going on' if begun else 'starting'} in {step.run.directory}")
+    if not begun:
+        clear(step.directory)
+        step.asked.parent.mkdir(parents=True, exist_ok=True)
+        write_text(step.asked, step.to_text())
+    code = in_a_process(_train, step.run)
+    if code != 0 or not step.finished():
+        how = f"signal {-code}" if code < 0 else f"exit {code}"
+        why = "was interrupted" if code == 0 else f"failed ({how}; its message is above)"
+        raise TrainingError(
+            f"stage {step.title} {why}; the same command goes on from its newest checkpoint"
+        )
+
+
+def in_a_process(work: Callable[..., None], *arguments: Any) -> int:
+    """Run `work` in a fresh process, which ends with this one, and return its exit code.
+
+    A process, so that the memory of one stage, on the device too, is free for the next.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tunesmith.jobs.train"])
+    process = context.Process(target=_body, args=(work, arguments))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.join()  # it was told too, and saves a checkpoint before it ends
+        raise
+    return int(process.exitcode or 0)
+
+
+def _body(work: Callable[..., None], arguments: Sequence[Any]) -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        work(*arguments)
+    except TunesmithError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the process's last word
+        sys.exit(error.exit_code)
+
+
+def _train(run: Run) -> None:
+    from tunesmith.jobs.train import train
+
+    run.directory.parent.mkdir(parents=True, exist_ok=True)
+    # Where the command was killed, its run's process may live on for a moment.
+    with FileLock(run.directory.with_name(f".{run.name}.lock"), timeout=_LOCK_SECONDS):
+        train(run, resume=True)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"

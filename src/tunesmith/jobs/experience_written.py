@@ -1,0 +1,130 @@
+"""Replies of the policy with what they are worth, written by all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tunesmith.jobs.examine import interleave
+from tunesmith.objectives.sampling import FromReplies
+from tunesmith.rewards.contract import Scored
+from tunesmith.rollout.draw import Drawing, row_seeds
+from tunesmith.rollout.sample import Stops, sample
+
+if TYPE_CHECKING:
+    from tunesmith.data.asked import Asked
+    from tunesmith.engine.distribution import Peers
+    from tunesmith.jobs.assemble import Assembled
+    from tunesmith.rewards.build import WeightedSum
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """One reply."""
+
+    asked: Asked
+    reply: list[int]
+    """Its tokens, at least one."""
+    sampled_log_probs: list[float]
+    """Of the tokens, by the forward that sampled them."""
+    ended: bool
+    """Whether it ended by itself."""
+    text: str
+    score: float
+    """The weighted sum of its rewards."""
+    parts: dict[str, float]
+    """Each reward."""
+
+
+def written(
+    assembled: Assembled,
+    peers: Peers,
+    reward: WeightedSum,
+    prompts: Sequence[Asked],
+    *,
+    numbers: range,
+    greedy: bool = False,
+) -> list[Written]:
+    """Return a reply to each prompt, each process having written and scored its share.
+
+    Args:
+        assembled: the run; its policy is the model as it is now.
+        peers: every process calls this alike.
+        reward: what replies are worth.
+        prompts: the same in every process.
+        numbers: of the replies in the run, which decide their seeds.
+        greedy: take the most likely tokens instead of sampling.
+
+    Raises:
+        RewardError: a reply cannot be scored, and its reward stops at that.
+    """
+    seeds = row_seeds(assembled.run.seed, numbers)
+    mine = list(prompts)[peers.rank :: peers.size]
+    found = _sampled(assembled, peers, mine, seeds[peers.rank :: peers.size], greedy=greedy)
+    return interleave(peers.gather(_scored(assembled, reward, mine, found)))
+
+
+Found = list[tuple[list[int], list[float], bool]]
+
+
+def _sampled(
+    assembled: Assembled, peers: Peers, mine: Sequence[Asked], seeds: Sequence[int], *, greedy: bool
+) -> Found:
+    objective = assembled.run.objective
+    assert isinstance(objective, FromReplies)  # noqa: S101 - nobody else samples
+    settings, dtype = objective.rollout, assembled.autocast_dtype
+    drawing = Drawing(0.0 if greedy else settings.temperature, settings.top_p, settings.top_k)
+    with torch.autocast(peers.device.type, dtype) if dtype else nullcontext():
+        replies = sample(
+            assembled.tuned.model,
+            [asked.input_ids for asked in mine],
+            seeds,
+            max_new_tokens=settings.max_new_tokens,
+            stops=stops_of(assembled),
+            pad_token_id=assembled.facts.pad_token_id,
+            drawing=drawing,
+            batch_size=settings.batch_size,
+            decoding=settings.decoding,
+        )
+    return [(reply.tokens, reply.log_probs, reply.ended) for reply in replies]
+
+
+def stops_of(assembled: Assembled) -> Stops:
+    """Return what ends a reply of this run."""
+    objective, tokenizer = assembled.run.objective, assembled.tokenizer
+    strings = objective.rollout.stop if isinstance(objective, FromReplies) else []
+    return Stops(
+        frozenset(assembled.facts.end_of_turn_ids),
+        tuple(strings),
+        lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True),
+    )
+
+
+def _scored(
+    assembled: Assembled, reward: WeightedSum, mine: Sequence[Asked], found: Found
+) -> list[Written]:
+    texts = [assembled.tokenizer.decode(t, skip_special_tokens=True) for t, _, _ in found]
+    rows = [
+        Scored(asked.text, text, asked.columns, asked.messages)
+        for asked, text in zip(mine, texts, strict=True)
+    ]
+    parts = reward.parts(rows) if rows else {}
+    scores = reward.total(parts) if rows else []
+    return [
+        Written(
+            asked,
+            tokens,
+            log_probs,
+            ended,
+            text,
+            score,
+            {name: values[index] for name, values in parts.items()},
+        )
+        for index, (asked, (tokens, log_probs, ended), text, score) in enumerate(
+            zip(mine, found, texts, scores, strict=True)
+        )
+    ]

@@ -1,0 +1,169 @@
+"""The frozen model that preference losses compare with: the same model with its methods off."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+from uuid import uuid4
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tunesmith.data.pairs_collate import JudgedCollator
+from tunesmith.engine.evaluation import measuring
+from tunesmith.errors import CheckpointError
+from tunesmith.jobs.base import base_fingerprint
+from tunesmith.jobs.teacher import teaching
+from tunesmith.models.modes import evaluating
+from tunesmith.models.zoo import cache_dir
+from tunesmith.objectives import Distillation, Preference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from tunesmith.data.pairs import PairCorpus, PairRow
+    from tunesmith.engine.distribution import Peers
+    from tunesmith.jobs.assemble import Assembled
+    from tunesmith.methods.tuned import TunedModel
+    from tunesmith.spec import Run
+    from tunesmith.types import Batch
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "1"
+"""Changes whenever the same rows and model would give other numbers."""
+
+Table = Mapping[str, NDArray[np.float32]]
+"""Log-probabilities of each row's replies, (replies,) float32, by the row's key."""
+
+
+def live_reference(tuned: TunedModel, objective: Preference, batch: Batch) -> Tensor:
+    """Return log p of each sequence under the base, (sequences,) float32, in eval mode."""
+    with torch.no_grad(), evaluating(tuned.model), tuned.disabled():
+        return objective.log_probs(tuned.model, batch)
+
+
+def completion_of(run: Run, tuned: TunedModel) -> Callable[[Batch], Batch] | None:
+    """Return what puts a frozen model's word into a batch that lacks it; None where none is asked.
+
+    Batches that were made with a table of the frozen model's numbers have it already.
+    """
+    objective = run.objective
+    if isinstance(objective, Distillation):
+        return teaching(run, objective, tuned.model.device)
+    if not isinstance(objective, Preference) or not objective.needs_reference:
+        return None
+
+    def complete(batch: Batch) -> Batch:
+        if "reference" in batch:
+            return batch
+        return batch | {"reference": live_reference(tuned, objective, batch)}
+
+    return complete
+
+
+def with_reference(
+    assembled: Assembled, peers: Peers, say: Callable[[str], None] | None = None
+) -> Assembled:
+    """Return the run with log-probabilities of the frozen model in its batches, where it asks.
+
+    They are computed once and kept by a hash of rows and base; every process calls this alike.
+
+    Raises:
+        CheckpointError: they cannot be kept.
+    """
+    objective = assembled.run.objective
+    if not isinstance(objective, Preference) or not objective.needs_reference:
+        return assembled
+    if objective.reference == "live":
+        return assembled
+    rows = _rows(assembled)
+    path = _path(assembled, rows)
+    table = _read(path, rows)
+    if table is None:
+        if say is not None:
+            say(f"computing reference log-probabilities of {len(rows):,} rows")
+        table = _computed(assembled, rows, peers)
+        if peers.is_main:
+            _write(path, rows, table)
+    return replace(assembled, collate=judged_collator(assembled).with_reference(table))
+
+
+def judged_collator(assembled: Assembled) -> JudgedCollator:
+    """Return what makes batches of a run that learns from judged replies."""
+    collate = assembled.collate
+    assert isinstance(collate, JudgedCollator)  # noqa: S101 - such a run's rows are judged
+    return collate
+
+
+def _rows(assembled: Assembled) -> list[PairRow]:
+    """Return every different row of training and evaluation, the longest first."""
+    corpus = cast("PairCorpus", assembled.data.train.corpus)  # type: ignore[union-attr]
+    every = [*corpus.rows, *cast("list[PairRow]", list(assembled.data.evaluation))]
+    unique = {row.key: row for row in every}
+    return sorted(unique.values(), key=lambda row: (-len(row.input_ids), row.key))
+
+
+def _path(assembled: Assembled, rows: Sequence[PairRow]) -> Path:
+    model = assembled.tuned.model
+    facts = [_FORMAT, base_fingerprint(assembled.run.model), str(model.dtype)]
+    facts += [str(assembled.autocast_dtype), assembled.run.model.attention]
+    found = hashlib.sha256(" ".join([*facts, *(row.key for row in rows)]).encode())
+    return cache_dir() / "reference" / f"{found.hexdigest()}.safetensors"
+
+
+def _computed(
+    assembled: Assembled, rows: Sequence[PairRow], peers: Peers
+) -> dict[str, NDArray[np.float32]]:
+    objective = cast("Preference", assembled.run.objective)
+    size = assembled.run.evaluation.batch_size
+    dtype, device = assembled.autocast_dtype, peers.device.type
+    mine: dict[str, NDArray[np.float32]] = {}
+    with measuring(assembled.program), assembled.tuned.disabled():
+        for start in range(0, len(rows), size)[peers.rank :: peers.size]:
+            some = list(rows[start : start + size])
+            batch = peers.to_device(judged_collator(assembled)(some))
+            with torch.autocast(device, dtype) if dtype else nullcontext():
+                values = objective.log_probs(assembled.tuned.model, batch).float().cpu().numpy()
+            bounds = np.cumsum([len(row.segments) for row in some])[:-1]
+            pieces = np.split(values, bounds)
+            mine |= {row.key: piece for row, piece in zip(some, pieces, strict=True)}
+    return {key: value for share in peers.gather(mine) for key, value in share.items()}
+
+
+def _read(path: Path, rows: Sequence[PairRow]) -> Table | None:
+    if not path.exists():
+        return None
+    try:
+        flat = load_file(path)["log_probs"]
+    except (SafetensorError, KeyError, OSError) as error:
+        logger.warning("%s is damaged (%s); it is computed again", path, error)
+        return None
+    bounds = np.cumsum([len(row.segments) for row in rows])[:-1]
+    return dict(zip((row.key for row in rows), np.split(flat, bounds), strict=True))
+
+
+def _write(path: Path, rows: Sequence[PairRow], table: Table) -> None:
+    partial = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"log_probs": np.concatenate([table[row.key] for row in rows])}, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error}; free space, set TUNESMITH_CACHE to another folder, or "
+            "use objective.reference: live"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)

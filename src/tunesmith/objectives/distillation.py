@@ -1,0 +1,100 @@
+"""Distillation: a small model learns a large one's whole distribution over each next token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from tunesmith.models.output_head import OutputHead, output_head
+from tunesmith.models.settings import ModelSettings
+from tunesmith.objectives.contract import Objective
+from tunesmith.objectives.log_probs import model_inputs
+from tunesmith.objectives.sft import next_tokens
+from tunesmith.ops.linear_cross_entropy import linear_cross_entropy
+from tunesmith.ops.linear_divergence import Divergence, LinearHead, linear_divergence
+from tunesmith.types import IGNORE, LossTerms
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from tunesmith.types import Batch
+
+
+class TeacherStates(NamedTuple):
+    """What the teacher makes of a batch."""
+
+    hidden: Tensor
+    """(batch, length, teacher's width)."""
+    head: LinearHead
+
+
+class Distillation(Objective):
+    """Minimise the divergence from a teacher at the supervised tokens of given replies."""
+
+    name: Literal["distillation"] = "distillation"
+    """Learn from a teacher model."""
+    teacher: ModelSettings
+    """The teacher, with the same vocabulary; loaded frozen beside the student."""
+    divergence: Divergence = "forward_kl"
+    """forward_kl covers all that the teacher may say, reverse_kl keeps to what it says mostly, js
+    lies between (beta)."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """js: towards 0 it is like forward_kl, towards 1 like reverse_kl."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Both models' logits are divided by it, and the divergence is multiplied by its square, so
+    that gradients keep their size (Hinton et al. 2015, sec. 2)."""
+    label_weight: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the usual cross-entropy of the given replies in the loss."""
+
+    head: ClassVar[Literal["causal_lm"]] = "causal_lm"
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> Self:
+        if self.beta != type(self).model_fields["beta"].default and self.divergence != "js":
+            raise ValueError(f"beta mixes two divergences, and divergence {self.divergence} is one")
+        return self
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> LossTerms:
+        """Return the summed loss in nats and the number of supervised tokens.
+
+        Args:
+            model: the student.
+            batch: with `teacher`, the teacher's TeacherStates of the same batch.
+
+        Raises:
+            ModelError: the model has no linear language-model head.
+        """
+        parts, teacher = output_head(model), batch["teacher"]
+        targets = next_tokens(batch).flatten()
+        places = (targets != IGNORE).nonzero().squeeze(-1)
+        hidden = parts.hidden_states(model_inputs(batch)).flatten(0, 1)[places]
+        apart = linear_divergence(
+            hidden,
+            linear_head(parts),
+            teacher.hidden.flatten(0, 1)[places],
+            teacher.head,
+            kind=self.divergence,
+            beta=self.beta,
+            temperature=self.temperature,
+        )
+        total = (1 - self.label_weight) * self.temperature**2 * apart
+        if self.label_weight:
+            total = total + self.label_weight * linear_cross_entropy(
+                hidden,
+                parts.weight,
+                targets[places],
+                bias=parts.scaled_bias(),
+                softcap=parts.softcap,
+            )
+        return LossTerms(total, len(places), {"divergence": apart.detach()})
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of supervised tokens."""
+        return int((next_tokens(batch) != IGNORE).sum())
+
+
+def linear_head(parts: OutputHead) -> LinearHead:
+    """Return a model's head as the divergence takes it."""
+    return LinearHead(parts.weight, parts.scaled_bias(), parts.softcap)

@@ -1,0 +1,55 @@
+"""How replies are sampled to learn from, and what they are worth: shared by ppo and grpo."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunesmith.objectives.contract import Objective
+from tunesmith.rewards.settings import RewardSettings
+from tunesmith.settings import Settings
+
+
+class Rollout(Settings):
+    """How replies are sampled."""
+
+    replies: int = Field(default=64, ge=1)
+    """Replies sampled at a time, over all processes, before learning from them: a multiple of the
+    rows of an optimiser step."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest reply."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling; 1 is the policy itself, which the importance ratios are of."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample among the most likely tokens that together have this probability."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among so many most likely tokens; 0 is all."""
+    stop: list[str] = Field(default_factory=list)
+    """Texts that end a reply, beside the end of the turn."""
+    prompt_tokens: int | None = Field(default=None, ge=1)
+    """Ask with the first so many tokens of each prompt only: the model goes on with a text that is
+    cut, which needs model.chat_template: text."""
+    batch_size: int = Field(default=64, ge=1)
+    """Replies a process writes at once."""
+    decoding: Literal["auto", "growing", "fixed"] = "auto"
+    """The cache: growing, or fixed with the step as one CUDA graph; auto is fixed on CUDA where the
+    model allows it."""
+
+
+class FromReplies(Objective):
+    """An objective that learns from the model's own replies."""
+
+    name: str
+    rewards: list[RewardSettings] = Field(min_length=1)
+    """What replies are worth: the weighted sum of these."""
+    # Said here: of an inherited section, pydantic's schema forgets what stands below it.
+    rollout: Rollout = Field(default=Rollout(), description="How replies are sampled.")
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the replies before new ones are sampled."""
+    missing_end_penalty: float = Field(default=0.0, ge=0)
+    """Taken off the score of a reply that did not end by itself (the missing-EOS penalty of Huang
+    et al. 2024, arXiv:2403.17031, detail 3)."""
+    kl_stop: float | None = Field(default=None, gt=0)
+    """Sample anew as soon as the policy is this far, in nats a token, from the one that wrote the
+    rows to come; none takes all epochs."""

@@ -1,0 +1,94 @@
+"""Loss and gradient of a chunk of logits in one pass: plain code that a compiler fuses on a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from tunesmith.ops.chunked_head import exact_dtype, simulating
+
+
+class ByLogits(NamedTuple):
+    """What a chunk of logits comes to."""
+
+    total: Tensor
+    """() float32 or float64: the summed loss."""
+    correct: Tensor
+    """() int64: labels with the largest logit."""
+    gradient: Tensor
+    """(rows, vocab), dtype of the logits: of the sum by the logits before the cap."""
+
+
+def loss_by_logits(
+    raw: Tensor, labels: Tensor, softcap: float | None, z_loss: float | None
+) -> ByLogits:
+    """Return the sum of -log p(y) + zeta L^2 over the rows, L = log sum exp z, and its gradient.
+
+    By the capped logits z that is p (1 + 2 zeta L) - onehot(y), and dz / d raw = 1 - (z / c)^2.
+
+    Args:
+        raw: (rows, vocab), before the cap.
+        labels: (rows,) int64.
+        softcap: c of z = c tanh(raw / c).
+        z_loss: zeta (PaLM, arXiv:2204.02311, section 5).
+    """
+    z = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    largest = z.amax(-1, keepdim=True)
+    exponentials = (z - largest).exp()
+    sums = exponentials.sum(-1, keepdim=True)
+    L = largest + sums.log()
+    total = (L - z.gather(-1, labels[:, None])).sum()
+    p = exponentials / sums
+    if z_loss is not None:
+        total = total + z_loss * L.square().sum()
+        p = p * (1 + 2 * z_loss * L)
+    correct = (z.argmax(-1) == labels).sum()
+    onehot = torch.arange(z.shape[-1], device=z.device) == labels[:, None]
+    gradient = torch.where(onehot, p - 1, p)
+    if softcap is not None:
+        gradient = gradient * (1 - (z / softcap).square())
+    return ByLogits(total, correct, gradient.to(raw.dtype))
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(loss_by_logits, fullgraph=True)
+
+
+def fused_loss_by_logits(
+    raw: Tensor, labels: Tensor, softcap: float | None, z_loss: float | None
+) -> ByLogits:
+    """Return what `loss_by_logits` does, from one compiled kernel or two; for a GPU.
+
+    One graph serves every number of rows. Where it cannot be compiled, plain code runs after one
+    warning. Where memory is simulated, only what the kernel leaves counts.
+    """
+    if simulating():
+        none = raw.new_zeros((), dtype=exact_dtype(raw.dtype))
+        return ByLogits(none, labels.new_zeros(()), torch.empty_like(raw))
+    # A range of 0 or 1 rows would be a graph of its own.
+    if len(raw) > 1:
+        torch._dynamo.maybe_mark_dynamic(raw, 0)
+        torch._dynamo.maybe_mark_dynamic(labels, 0)
+    try:
+        return ByLogits(*_compiled()(raw, labels, softcap, z_loss))
+    except TorchDynamoException as error:
+        if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
+            raise error.inner_exception from error  # type: ignore[attr-defined]
+        _tell_once(str(error).strip().splitlines()[0])
+        return loss_by_logits(raw, labels, softcap, z_loss)
+
+
+@cache
+def _tell_once(reason: str) -> None:
+    warnings.warn(
+        f"the loss runs as plain code, since it cannot be compiled: {reason}", stacklevel=3
+    )

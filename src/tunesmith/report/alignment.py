@@ -1,0 +1,178 @@
+"""One self-contained HTML page of a chain of alignment: stages, policies, replies side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tunesmith.errors import CheckpointError
+from tunesmith.report import words
+from tunesmith.report.curves import LINE, MARK, TEXT, Chart
+from tunesmith.report.scatter import drawn
+from tunesmith.report.template import fill
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_NONE: Final = "\u2013"
+
+POLICY_COLUMNS: Final = (
+    "",
+    "judge's reward",
+    "95 % interval",
+    "wins",
+    "KL (nats a reply)",
+    "tokens a reply",
+    "ended by itself",
+    "distinct-1",
+    "distinct-2",
+    "self-BLEU",
+)
+
+
+def write_alignment_report(found: Mapping[str, Any], path: Path) -> Path:
+    """Write the page of what alignment.json holds; it needs no network and no other file.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(render(found), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """Return the page."""
+    verdicts = found["verdicts"]
+    return fill(
+        "alignment.html.jinja",
+        name=found["name"],
+        lead=_lead(found),
+        sentences=sentences(verdicts),
+        stages=[_stage(stage) for stage in found["stages"]],
+        columns=POLICY_COLUMNS,
+        policies=[[v["name"], *policy_cells(v)] for v in verdicts if v["step"] is None],
+        charts=charts(verdicts),
+        samples=found["samples"],
+    )
+
+
+def policy_cells(verdict: Mapping[str, Any]) -> list[str]:
+    """Return one policy's row of the table, without its name."""
+    wins = [f"{share:.0%} against {name}" for name, share in verdict["won"].items()]
+    return [
+        f"{verdict['reward']:.4g}",
+        f"{verdict['low']:.4g} to {verdict['high']:.4g}",
+        ", ".join(wins) or _NONE,
+        _or(verdict["kl"], "{:.3g}"),
+        f"{verdict['length']:.1f}",
+        f"{verdict['ended']:.0%}",
+        _or(verdict["distinct_1"], "{:.3f}"),
+        _or(verdict["distinct_2"], "{:.3f}"),
+        f"{verdict['self_bleu']:.1f}",
+    ]
+
+
+def sentences(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what the judgement comes down to, with warnings of what often goes wrong."""
+    policies = [v for v in verdicts if v["step"] is None]
+    if len(policies) < 2:
+        return []
+    final, before = policies[-1], policies[-2]
+    share = final["won"][before["name"]]
+    said = [
+        f"The judge prefers {final['name']} to {before['name']} on {share:.0%} of the held-out "
+        f"prompts; its mean reward is {final['reward']:.4g} against {before['reward']:.4g}."
+    ]
+    if final["low"] <= before["reward"] <= final["high"]:
+        said.append("That difference of mean rewards lies within the interval of chance.")
+    if final["length"] > 1.5 * before["length"]:
+        said.append(
+            f"Replies grew from {before['length']:.0f} to {final['length']:.0f} tokens: check that "
+            "the rewards do not pay for length."
+        )
+    if (final["distinct_2"] or 0) < 0.6 * (before["distinct_2"] or 0):
+        said.append(
+            f"Replies became alike: distinct-2 fell from {before['distinct_2']:.3f} to "
+            f"{final['distinct_2']:.3f}."
+        )
+    course = _course(verdicts)
+    best = max(course, key=lambda v: v["reward"], default=None)
+    if best is not None and best["reward"] > final["high"]:
+        at = before["name"] if best["step"] is None else f"step {best['step']}"
+        said.append(
+            f"The judge's reward was highest at {at} ({best['reward']:.4g}) and fell after it: the "
+            "policy was optimised beyond what its own reward is good for; stop there, or raise the "
+            "weight of KL."
+        )
+    return said
+
+
+def charts(verdicts: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Return the judge's reward against KL along the final stage, where it has points for it."""
+    course = _course(verdicts)
+    if len(course) < 2:
+        return []
+    kls = [verdict["kl"] or 0.0 for verdict in course]
+
+    def plot(axes: Axes) -> None:
+        rewards = [verdict["reward"] for verdict in course]
+        for kl, verdict in zip(kls, course, strict=True):
+            axes.plot([kl, kl], [verdict["low"], verdict["high"]], color=TEXT, lw=1, alpha=0.6)
+        axes.plot(kls, rewards, color=LINE, lw=1.2)
+        axes.plot(kls, rewards, "o", ms=5, color=MARK)
+
+    first, last = course[0], course[-1]
+    caption = (
+        f"Judge's reward {first['reward']:.4g} at the start and {last['reward']:.4g} at KL "
+        f"{kls[-1]:.3g}; {len(course)} points."
+    )
+    title = "The judge's reward against KL (over-optimisation shows as a fall on the right)"
+    x = "KL to the start of the stage (nats a reply)"
+    return [drawn(title, caption, plot, x=x, y="judge's reward", size=(5.8, 3.6))]
+
+
+def _course(verdicts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the final stage from its start over its checkpoints to its end."""
+    policies = [v for v in verdicts if v["step"] is None]
+    steps = sorted((v for v in verdicts if v["step"] is not None), key=lambda v: v["step"])
+    if len(policies) < 2:
+        return []
+    return [dict(policies[-2]) | {"kl": 0.0}, *steps, policies[-1]]
+
+
+def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:
+    before, after = stage["before"], stage["after"]
+    names = list(dict.fromkeys((*after, *before)))
+    return {
+        "name": stage["name"],
+        "about": f"{stage['objective']} with {stage['method']}"
+        + (f", from {stage['start']}" if stage["start"] else ""),
+        "steps": words.count(stage["steps"]),
+        "time": words.duration(stage["seconds"]),
+        "report": stage["report"],
+        "metrics": [
+            (
+                words.metric_name(name),
+                words.metric(name, before.get(name)),
+                words.metric(name, after.get(name)),
+            )
+            for name in names
+        ],
+    }
+
+
+def _lead(found: Mapping[str, Any]) -> str:
+    names = " \u2192 ".join(stage["name"] for stage in found["stages"])
+    judged = f" Judged on {found['prompts']} held-out prompts." if found["verdicts"] else ""
+    return f"{found['model']}: {names}.{judged}"
+
+
+def _or(value: float | None, form: str) -> str:
+    return _NONE if value is None else form.format(value)

@@ -1,0 +1,184 @@
+"""Replies to learn from: sampled in batches, with the log-probability of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+import torch
+
+from tunesmith.errors import ModelError
+from tunesmith.models.context import context_length
+from tunesmith.models.modes import evaluating
+from tunesmith.rollout.decode import FixedDecoder, GrowingDecoder, Padded, fixed_cache_serves
+from tunesmith.rollout.draw import Drawing
+from tunesmith.rollout.generate import require_room
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tunesmith.rollout.decode import Decoder
+    from tunesmith.rollout.draw import Drawn
+
+Decoding = Literal["auto", "growing", "fixed"]
+_LOOK_EVERY: Final = 16
+"""Steps between two looks at what has ended, for each of which the host waits for the device."""
+_PLAIN: Final = Drawing()
+
+
+class Reply(NamedTuple):
+    """What the model wrote to one prompt."""
+
+    tokens: list[int]
+    """With the token that ended it; at least one."""
+    log_probs: list[float]
+    """Of each token at temperature 1, in nats, as the sampling forward computed it."""
+    ended: bool
+    """Whether it ended by itself, and not because it was full."""
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends a reply."""
+
+    tokens: frozenset[int] = frozenset()
+    """Any of these; it is the reply's last token."""
+    strings: tuple[str, ...] = ()
+    """Any of these within the reply's text; the token that completes it is the reply's last."""
+    text: Callable[[Sequence[int]], str] | None = None
+    """What tokens say; needed for `strings`."""
+
+    def end_of(self, tokens: Sequence[int]) -> int | None:
+        """Return how many of `tokens` are the reply's, or None where it goes on after them."""
+        ends = [place + 1 for place, token in enumerate(tokens) if token in self.tokens][:1]
+        if self.strings and self._said(tokens):
+            # The text grows as a whole: a token may be written differently after others.
+            low, high = 1, len(tokens)
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if self._said(tokens[:middle]) else (middle + 1, high)
+            ends.append(low)
+        return min(ends, default=None)
+
+    def _said(self, tokens: Sequence[int]) -> bool:
+        assert self.text is not None  # noqa: S101 - whoever gives strings gives this
+        said = self.text(tokens)
+        return any(string in said for string in self.strings)
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stops: Stops,
+    pad_token_id: int,
+    drawing: Drawing = _PLAIN,
+    batch_size: int = 64,
+    decoding: Decoding = "auto",
+) -> list[Reply]:
+    """Return a reply to each prompt, in the given order.
+
+    A row's noise comes from its own seed, so the same model, prompt and seed give the same reply
+    whichever rows share the batch, in whichever order. (A forward over a batch of another shape
+    rounds otherwise, which can change a token where a number lies on the very border of two.) The
+    model's mode and all random generators stay as they are.
+
+    Args:
+        model: a causal language model, with or without methods attached.
+        prompts: token ids, at least one each.
+        seeds: one a prompt, any 64 bits.
+        max_new_tokens: longest reply; shorter where the context ends before.
+        stops: what ends a reply.
+        pad_token_id: stands in padding, and is never looked at.
+        drawing: temperature, top_p and top_k.
+        batch_size: prompts at once.
+        decoding: growing appends to the cache, and finished rows leave the batch; fixed has a
+            cache of one size, on CUDA with the whole step as one graph; auto takes the second on
+            CUDA where the model allows it.
+
+    Raises:
+        DataError: a prompt is empty or leaves no room in the model's context.
+        ModelError: an encoder-decoder, or `fixed` on a model that does not allow it.
+    """
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"roll-outs are sampled from a causal language model; {type(model).__name__} is an "
+            "encoder-decoder"
+        )
+    limit = context_length(model)
+    for index, prompt in enumerate(prompts):
+        require_room(prompt, limit, name=f"prompt {index}")
+    replies: dict[int, Reply] = {}
+    # Prompts of like length share a batch: less padding, and as much room for each.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            longest = len(prompts[chosen[0]])
+            room = max_new_tokens if limit is None else min(max_new_tokens, limit - longest)
+            rows = Padded(
+                [prompts[index] for index in chosen],
+                [seeds[index] for index in chosen],
+                pad_token_id=pad_token_id,
+                device=model.device,
+            )
+            decoder = _decoder(model, drawing, rows, room=room, decoding=decoding)
+            replies |= zip(chosen, _written(decoder, len(chosen), room, stops), strict=True)
+    return [replies[index] for index in range(len(prompts))]
+
+
+def _decoder(
+    model: PreTrainedModel, drawing: Drawing, rows: Padded, *, room: int, decoding: Decoding
+) -> Decoder:
+    on_device = rows.ids.device.type == "cuda"
+    serves = fixed_cache_serves(model)
+    if decoding == "fixed" and not serves:
+        raise ModelError(
+            f"decoding: fixed is not for {type(model).__name__} with these methods; use auto"
+        )
+    if decoding == "fixed" or (decoding == "auto" and on_device and serves):
+        return FixedDecoder(model, drawing, rows, room=room, graphs=on_device)
+    return GrowingDecoder(model, drawing, rows)
+
+
+def _written(decoder: Decoder, count: int, room: int, stops: Stops) -> list[Reply]:
+    """Return the replies of a batch of `count` rows, at most `room` tokens each."""
+    tokens: list[list[int]] = [[] for _ in range(count)]
+    log_probs: list[list[float]] = [[] for _ in range(count)]
+    ends: dict[int, int] = {}
+    there, new = list(range(count)), [decoder.drawn]
+    look_every = 1 if decoder.drawn.tokens.device.type == "cpu" else _LOOK_EVERY
+    for step in range(1, room + 1):
+        if step % look_every == 0 or step == room:
+            _read(new, there, tokens, log_probs)
+            new = []
+            ends |= {r: end for r in there if (end := stops.end_of(tokens[r])) is not None}
+            alive = [place for place, row in enumerate(there) if row not in ends]
+            if not alive:
+                break
+            # Half of them at least: each departure copies the cache of those that stay.
+            if len(alive) <= len(there) // 2:
+                kept = torch.tensor(alive, device=decoder.drawn.tokens.device)
+                there = [there[place] for place in alive] if decoder.keep(kept) else there
+        if step < room:
+            new.append(decoder.advance())
+    return [
+        Reply(tokens[row][: ends.get(row)], log_probs[row][: ends.get(row)], row in ends)
+        for row in range(count)
+    ]
+
+
+def _read(
+    new: Sequence[Drawn],
+    there: Sequence[int],
+    tokens: list[list[int]],
+    log_probs: list[list[float]],
+) -> None:
+    """Append what was drawn since the last look to the rows that were there."""
+    for place, row in enumerate(torch.stack([x.tokens for x in new], dim=1).tolist()):
+        tokens[there[place]] += row
+    for place, values in enumerate(torch.stack([x.log_probs for x in new], dim=1).tolist()):
+        log_probs[there[place]] += values

@@ -1,0 +1,258 @@
+"""Chains of alignment: what a file may say, resuming after a kill, and judging what came out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tunesmith.errors import SpecError
+from tunesmith.jobs.align import align, judging_of
+from tunesmith.jobs.align_judge import win_rate
+from tunesmith.jobs.align_online import best_and_worst
+from tunesmith.jobs.align_replies import Asked, seeds_of
+from tunesmith.jobs.align_spec import load_alignment, merged
+from tunesmith.report.alignment import render, sentences
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture
+def chain(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+    """SFT, then DPO from it, on tiny rows and a tiny model."""
+    rows = [
+        {
+            "instruction": f"Say {n}",
+            "input": "",
+            "output": "yes" * (1 + n % 3),
+            "chosen": "yes please" * (1 + n % 2),
+            "rejected": "no" * (1 + n % 4),
+        }
+        for n in range(24)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return {
+        "name": "chain",
+        "output": str(tmp_path / "runs"),
+        "common": {
+            "model": {"name": str(tiny_model), "dtype": "float32"},
+            "data": {"train": [{"path": str(tmp_path / "rows.json")}], "max_length": 96},
+            "train": {"max_steps": 4, "batch_size": 4},
+            "evaluation": {"samples": 0},
+            "checkpoint": {"every_steps": 2, "keep": 4},
+            "engine": {"device": "cpu"},
+        },
+        "stages": [
+            {"name": "sft"},
+            {"name": "dpo", "from": "sft", "run": {"objective": {"name": "dpo"}}},
+        ],
+    }
+
+
+def written(chain: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "chain.yaml"
+    path.write_text(yaml.safe_dump(chain))
+    return path
+
+
+def test_a_chain_runs_each_stage_once_and_judges_its_policies(
+    chain: dict[str, Any], tmp_path: Path
+) -> None:
+    chain["judge"] = [{"kind": "length", "free": 0, "limit": 50, "unit": "characters"}]
+    chain["judged"] = {
+        "prompts": chain["common"]["data"]["train"],
+        "limit": 5,
+        "max_new_tokens": 6,
+        "points": 1,
+        "samples": 2,
+    }
+    path = written(chain, tmp_path)
+    said: list[str] = []
+    found = align(load_alignment(path), str(path), said.append)
+    assert [stage["objective"] for stage in found["stages"]] == ["sft", "dpo"]
+    names = [verdict["name"] for verdict in found["verdicts"]]
+    assert names == ["base", "sft", "dpo", "dpo-step-2"]
+    base, sft, dpo, middle = found["verdicts"]
+    assert base["kl"] is None
+    assert set(dpo["won"]) == {"base", "sft"}
+    assert middle["won"] == {}
+    assert found["prompts"] == 5
+    assert -1 <= sft["low"] <= sft["reward"] <= sft["high"] <= 0
+    page = (tmp_path / "runs" / "chain" / "report.html").read_text()
+    assert "Over-optimisation" in page
+    # The DPO run starts from the tuned model and not from the base.
+    run = yaml.safe_load((tmp_path / "runs" / "chain" / "dpo" / "run.yaml").read_text())
+    assert run["model"]["adapter"].endswith("sft/adapter")
+
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("summary.json")}
+    again: list[str] = []
+    assert align(load_alignment(path), str(path), again.append)["verdicts"] == found["verdicts"]
+    assert again[:2] == ["sft: finished before", "dpo: finished before"]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("summary.json")} == before
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_chain_killed_in_a_stage_goes_on_inside_it(
+    chain: dict[str, Any], tmp_path: Path, stage: str
+) -> None:
+    whole = chain | {"name": "whole"}
+    align(load_alignment(written(whole, tmp_path)), "whole", lambda _: None)
+
+    path = written(chain, tmp_path)
+    directory = tmp_path / "runs" / "chain"
+    command = [sys.executable, "-m", "tunesmith", "align", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = directory / stage / "checkpoints" / "step-00000002"
+    deadline = time.monotonic() + 240
+    while not first.is_dir() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert first.is_dir()
+    assert not (directory / "alignment.json").exists()
+
+    align(load_alignment(path), str(path), lambda _: None)
+    for name in ("sft", "dpo"):
+        (file,) = (directory / name / "adapter").rglob("*.safetensors")
+        expected = load_file(str(file).replace("/chain/", "/whole/"))
+        resumed = load_file(file)
+        assert resumed.keys() == expected.keys()
+        assert all(bool((resumed[key] == expected[key]).all()) for key in expected)
+
+
+def test_a_stage_is_run_again_when_what_it_builds_on_changed(
+    chain: dict[str, Any], tmp_path: Path
+) -> None:
+    chain["common"]["train"]["max_steps"] = 1
+    path = written(chain, tmp_path)
+    align(load_alignment(path), str(path), lambda _: None)
+    chain["stages"][0]["run"] = {"seed": 5}
+    path = written(chain, tmp_path)
+    said: list[str] = []
+    align(load_alignment(path), str(path), said.append)
+    assert [line.split(" in ")[0] for line in said[:2]] == ["sft: starting", "dpo: starting"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"stages": [{"name": "a", "from": "b"}, {"name": "b"}]}, "'b', which is no stage before"),
+        ({"stages": [{"name": "a"}, {"name": "a"}]}, "two stages are called 'a'"),
+        ({"judge": "sft"}, "give both or neither"),
+        ({"stages": [{"name": "a", "run": {"method": {"name": "lorra"}}}]}, "stage a: .*lorra"),
+        ({"stags": []}, "stags"),
+        (
+            {
+                "judge": "r",
+                "judged": {"prompts": [{"path": "x"}]},
+                "stages": [
+                    {"name": "r"},
+                    {
+                        "name": "p",
+                        "run": {
+                            "objective": {
+                                "name": "grpo",
+                                "rewards": [{"kind": "run", "path": "${r.directory}"}],
+                            }
+                        },
+                    },
+                ],
+            },
+            "is a reward that a stage is trained against",
+        ),
+    ],
+)
+def test_what_no_chain_can_mean_is_refused(
+    chain: dict[str, Any], tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    path = written(chain | change, tmp_path)
+    with pytest.raises(SpecError, match=why):
+        load_alignment(path)
+
+
+def test_stages_name_each_others_outputs(chain: dict[str, Any], tmp_path: Path) -> None:
+    chain["stages"] += [
+        {
+            "name": "more",
+            "from": "dpo",
+            "run": {"data": {"train": [{"path": "${dpo.directory}/x"}]}},
+        }
+    ]
+    alignment = load_alignment(written(chain, tmp_path))
+    more = alignment.run_of(alignment.stage("more"), "")
+    # Two adapters one on the other: the first two are merged into a model for the third stage.
+    assert more.model.name == str(tmp_path / "runs" / "chain" / "dpo" / "merged")
+    assert more.model.adapter is None
+    assert more.data.train[0].path == str(tmp_path / "runs" / "chain" / "dpo" / "x")
+    assert [name for name in ("sft", "dpo", "more") if alignment.merges(name)] == ["dpo"]
+
+
+def test_settings_over_others_replace_what_is_of_another_kind() -> None:
+    common = {"method": {"name": "lora", "rank": 4}, "train": {"epochs": 1, "warmup": 2}}
+    over = {"method": {"name": "ia3"}, "train": {"epochs": 3}}
+    assert merged(common, over) == {"method": {"name": "ia3"}, "train": {"epochs": 3, "warmup": 2}}
+    assert merged(common, {"method": {"rank": 8}})["method"] == {"name": "lora", "rank": 8}
+
+
+def test_a_pair_is_the_best_and_the_worst_and_ties_make_none() -> None:
+    asked = [Asked(({"role": "user", "content": text},), {}, []) for text in ("p", "q")]
+    pairs = best_and_worst(
+        asked,
+        ["aa", "a", "aaa", "b", "c", "d"],
+        lambda rows: [float(len(row.reply)) for row in rows],
+    )
+    turns = [{"role": "user", "content": "p"}]
+    assert pairs == [{"messages": turns, "chosen": "aaa", "rejected": "a"}]
+
+
+def test_ties_win_half() -> None:
+    assert win_rate([1, 2, 3, 4], [0, 2, 5, 1]) == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+
+
+def test_seeds_of_rows_differ() -> None:
+    assert len({*seeds_of(3, 5), *seeds_of(3, 5, first=5), *seeds_of(4, 5)}) == 15
+
+
+def verdict(name: str, reward: float, **more: Any) -> dict[str, Any]:
+    known = {"name": name, "step": None, "reward": reward, "low": reward - 1, "high": reward + 1}
+    numbers = {"kl": 2.0, "length": 10.0, "ended": 1.0, "distinct_1": 0.5, "distinct_2": 0.8}
+    return known | numbers | {"self_bleu": 20.0, "won": {}} | more
+
+
+def test_the_report_says_what_went_wrong() -> None:
+    verdicts = [
+        verdict("base", 0.0, kl=None),
+        verdict("sft", 1.0, won={"base": 0.6}),
+        verdict("ppo", 4.0, won={"base": 0.9, "sft": 0.8}, length=40.0, distinct_2=0.1),
+        verdict("ppo-step-5", 9.0, step=5, kl=1.0),
+    ]
+    said = " ".join(sentences(verdicts))
+    assert "80% of the held-out prompts" in said
+    assert "grew from 10 to 40 tokens" in said
+    assert "distinct-2 fell from 0.800 to 0.100" in said
+    assert "highest at step 5 (9)" in said
+    page = render(
+        {
+            "name": "<b>chain</b>",
+            "model": "m",
+            "prompts": 4,
+            "stages": [],
+            "verdicts": verdicts,
+            "samples": [],
+        }
+    )
+    assert "<svg" in page
+    assert "&lt;b&gt;chain" in page
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("rlhf-*.yaml")), ids=lambda p: p.stem)
+def test_every_stage_of_the_examples_is_a_run(path: Path) -> None:
+    alignment = load_alignment(path)
+    assert judging_of(alignment).policies[-1].name == alignment.stages[-1].name

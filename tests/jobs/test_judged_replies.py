@@ -1,0 +1,193 @@
+"""Whole runs that learn from judged replies: reward models, preferences, what stands on them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tunesmith
+from pairs import pair_rows, run_of, write_rows
+from tiny import CHATML, tiny_llama, tiny_tokenizer
+from tunesmith import DataSettings, LoRA, ModelSettings, Source
+from tunesmith.errors import AdapterError, SpecError
+from tunesmith.jobs.base import base_name, load_base
+from tunesmith.jobs.predict import predict, predict_file
+from tunesmith.jobs.train import Result
+from tunesmith.methods.roles import RewardScorer, acting
+from tunesmith.objectives import Distillation, Preference, Reward
+
+CPU = torch.device("cpu")
+TEXTS = [
+    "<|im_start|>user\nabc?<|im_end|>\n<|im_start|>assistant\nyes!!<|im_end|>",
+    "<|im_start|>user\nabc?<|im_end|>\n<|im_start|>assistant\nno<|im_end|>",
+]
+
+
+@pytest.fixture(scope="module")
+def reward_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Result:
+    folder = tmp_path_factory.mktemp("reward")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_CACHE", str(folder / "cache"))
+        return tunesmith.train(run_of(folder, tiny_model, Reward(centering=0.01), name="reward"))
+
+
+def test_a_reward_run_learns_and_tells_what_its_rewards_are_made_of(reward_run: Result) -> None:
+    before, after = reward_run.summary["before"], reward_run.summary["after"]
+    assert after["accuracy"] >= before["accuracy"]
+    assert after["loss"] < before["loss"]
+    assert {"length_correlation", "calibration_error", "length_only_accuracy"} <= set(after)
+    written = json.loads(reward_run.directory.summary.read_text())
+    assert sum(written["rewards"]["counts"]) == 32
+    assert written["calibration"][0]["pairs"] > 0
+
+
+def test_a_reward_head_is_not_started_anew_when_it_is_loaded(reward_run: Result) -> None:
+    """Peers lose the head on saving: here a fresh model gives equal rewards, bit for bit."""
+    loaded = tunesmith.load_run(reward_run.directory.path)
+    batch = {
+        "input_ids": torch.arange(3, 23).view(2, 10),
+        "attention_mask": torch.ones(2, 10, dtype=torch.int64),
+    }
+    objective = reward_run.tuned and Reward()
+    with torch.no_grad():
+        trained = objective.rewards(reward_run.tuned.model, batch)
+        again = objective.rewards(loaded.tuned.model, batch)
+    assert torch.equal(trained, again)
+    with torch.no_grad(), loaded.tuned.disabled():
+        assert not torch.equal(objective.rewards(loaded.tuned.model, batch), trained)
+
+
+def test_a_reward_run_predicts_a_number_for_each_reply(reward_run: Result, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "new.jsonl", pair_rows(2, seed=5))
+    found = predict_file(reward_run.directory.path, rows)
+    assert [one.text[:2] for one in found] == ["ye", "no", "ye", "no"]
+    row = pair_rows(1, seed=5)[0]
+    text = f"Human: {row['prompt']}\n\nAssistant: {row['chosen']}"
+    assert predict(reward_run.directory.path, [text])[0].said == found[0].said
+
+
+def policy(model: Path) -> tunesmith.TunedModel:
+    base = load_base(ModelSettings(name=str(model)), device=CPU, dtype=torch.float32)
+    return tunesmith.attach(base, LoRA(rank=2))
+
+
+def test_a_scorer_beside_a_policy_gives_the_reward_runs_rewards(
+    reward_run: Result, tiny_model: Path
+) -> None:
+    tuned = policy(tiny_model)
+    tokenizer = tunesmith.load_model(str(tiny_model)).tokenizer
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        before = tuned.model(ids).logits
+    scorer = RewardScorer(tuned, reward_run.directory.adapter, tokenizer)
+    with torch.no_grad():
+        assert torch.equal(tuned.model(ids).logits, before)
+    found = scorer.score(TEXTS)
+    by_ids = scorer.score([tokenizer(t, add_special_tokens=False)["input_ids"] for t in TEXTS])
+    assert found == by_ids
+    loaded = tunesmith.load_run(reward_run.directory.path)
+    for text, reward in zip(TEXTS, found, strict=True):
+        alone = {"input_ids": torch.tensor([tokenizer(text)["input_ids"]])}
+        with torch.no_grad():
+            expected = Reward().rewards(loaded.tuned.model, alone)
+        assert reward == pytest.approx(expected.item(), abs=1e-5)
+    assert set(tuned.trainable()) == {n for n in tuned.trainable() if "lora_default" in n}
+    with acting(tuned), torch.no_grad():
+        off = tuned.model(ids).logits
+    with tuned.disabled(), torch.no_grad():
+        assert torch.equal(tuned.model(ids).logits, off)
+
+
+def test_a_reward_run_of_another_base_or_template_is_refused_with_both_names(
+    reward_run: Result, tiny_model: Path, tmp_path: Path
+) -> None:
+    tokenizer = tunesmith.load_model(str(tiny_model)).tokenizer
+    tuned = policy(tiny_model)
+    tuned.model.config._name_or_path = tuned.model.name_or_path = "another-base"
+    with pytest.raises(AdapterError, match=r"tiny-llama.*another-base"):
+        RewardScorer(tuned, reward_run.directory.adapter, tokenizer)
+    tokenizer.chat_template = CHATML + "{# other #}"
+    with pytest.raises(AdapterError, match="chat template"):
+        RewardScorer(policy(tiny_model), reward_run.directory.adapter, tokenizer)
+
+
+def test_preferences_start_from_the_adapter_of_an_earlier_run(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    first = tunesmith.train(run_of(tmp_path, tiny_model, Preference(loss="orpo"), name="first"))
+    model = ModelSettings(name=str(tiny_model), dtype="float32", adapter=str(first.directory.path))
+    run = run_of(tmp_path, tiny_model, Preference(), name="second", model=model)
+    second = tunesmith.train(run)
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad(), second.tuned.disabled():
+        base = second.tuned.model(ids).logits
+    with torch.no_grad():
+        continued = first.tuned.model(ids).logits
+        torch.testing.assert_close(base, continued, atol=1e-5, rtol=1e-4)
+        result = second.tuned.model(ids).logits
+        assert torch.equal(
+            tunesmith.load_run(second.directory.path).tuned.model(ids).logits, result
+        )
+    names = [p["name"] for p in second.summary["proofs"]]
+    assert "policy starts at the reference" in names
+    plain = load_base(ModelSettings(name=str(tiny_model)), device=CPU, dtype=torch.float32)
+    with pytest.raises(AdapterError, match="was made on the base model"):
+        tunesmith.load_adapter(plain, second.directory.adapter)
+    assert base_name(model).startswith(f"{tiny_model}+first-")
+
+
+def test_cached_and_live_references_train_the_same_weights(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    found = []
+    for name, reference in (("cached", "cached"), ("again", "cached"), ("live", "live")):
+        run = run_of(tmp_path, tiny_model, Preference(reference=reference), name=name)
+        found.append(tunesmith.train(run).tuned.state_dict())
+    assert len(list((tmp_path / "cache" / "reference").glob("*.safetensors"))) == 1
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[2][name], atol=1e-4, rtol=1e-3)
+
+
+def test_an_adapter_that_is_not_there_is_named(tmp_path: Path, tiny_model: Path) -> None:
+    settings = ModelSettings(name=str(tiny_model), adapter=str(tmp_path))
+    with pytest.raises(SpecError, match=r"model\.adapter"):
+        load_base(settings, device=CPU, dtype=torch.float32)
+
+
+def test_a_student_learns_its_teachers_distribution(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(5)
+    tiny_llama(hidden_size=48, initializer_range=0.2).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    objective = Distillation(
+        teacher=ModelSettings(name=str(tmp_path / "teacher"), dtype="float32"), label_weight=0.1
+    )
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pair_rows(48)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = DataSettings(train=[Source(path=str(path))], holdout=8, max_length=128)
+    result = tunesmith.train(run_of(tmp_path, tiny_model, objective, data=data))
+    before, after = result.summary["before"], result.summary["after"]
+    assert 0 < after["divergence"] < before["divergence"]
+
+
+@pytest.mark.parametrize("kind", ["scores", "steps"])
+def test_outcome_and_process_rewards_train(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "score": len(row["chosen"]) / 4}
+        if kind == "scores"
+        else {"prompt": row["prompt"], "completions": ["yes", "no"], "labels": [True, False]}
+        for row in pair_rows(48)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = DataSettings(train=[Source(path=str(path))], holdout=8, max_length=128)
+    result = tunesmith.train(run_of(tmp_path, tiny_model, Reward(kind=kind), data=data))
+    assert result.summary["after"]["loss"] < result.summary["before"]["loss"]

@@ -1,0 +1,109 @@
+"""Whole runs of proximal policy optimisation, with all roles on one backbone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tunesmith
+from reply_runs import StopError, adapter, events, kill_after, run_of
+from tiny import tiny_llama
+from tunesmith import LoRA, attach
+from tunesmith.errors import SpecError
+from tunesmith.jobs.roles import with_roles
+
+PLAIN = {"checkpointing": "none"}
+"""What a value function with an adapter of its own needs."""
+
+
+def ppo(folder: Path, model: Path, **changes: Any) -> tunesmith.Run:
+    """Six steps over two roll-outs of three steps, or one that is taken twice."""
+    run = run_of(folder, model)
+    settings = {
+        "name": "ppo",
+        "rewards": run.objective.rewards,
+        "rollout": {"replies": 12, "max_new_tokens": 6},
+        "epochs": 2,
+        "missing_end_penalty": 0.5,
+        "reward_scale": "running",
+        "reward_clip": 5.0,
+        "kl_target": 1.0,
+        "entropy_weight": 0.01,
+    } | changes.pop("objective", {})
+    whole = run.model_dump() | {"objective": settings}
+    for key, value in changes.items():
+        whole[key] = whole[key] | value
+    return tunesmith.Run(**whole)
+
+
+@pytest.mark.parametrize("value", ["shared", "adapter"])
+def test_a_run_leaves_the_policy_alone(tmp_path: Path, tiny_model: Path, value: str) -> None:
+    result = tunesmith.train(ppo(tmp_path, tiny_model, objective={"value": value}, engine=PLAIN))
+    path = result.directory.path
+    steps = events(path, "step_done")
+    assert steps[0]["metrics"]["ratio"] == 1.0
+    assert steps[0]["metrics"]["policy_kl"] == 0.0
+    assert steps[3]["metrics"]["policy_kl"] > 0
+    assert len(events(path, "gathered")) == 1
+    assert "value_explained" in events(path, "gathered")[0]["measured"]
+    assert result.tuned.adapters == ["default"]
+    assert all("value" not in name for name in adapter(path))
+    summary = json.loads(result.directory.summary.read_text())
+    assert all(proof["passed"] for proof in summary["proofs"])
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_resumes_bit_for_bit_within_a_roll_out(
+    tmp_path: Path, tiny_model: Path, step: int
+) -> None:
+    changes: dict[str, Any] = {"checkpoint": {"every_steps": 1}, "train": {"max_steps": 8}}
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = tunesmith.train(ppo(tmp_path / "whole", tiny_model, **dict(changes)))
+    run = ppo(tmp_path / "cut", tiny_model, **dict(changes))
+    with pytest.raises(StopError):
+        tunesmith.train(run, listeners=[kill_after(step)])
+    cut = tunesmith.train(run, resume=True)
+    one, other = whole.directory.path, cut.directory.path
+    for name, tensor in adapter(one).items():
+        assert torch.equal(tensor, adapter(other)[name])
+    for kind, key in (("gathered", "reward"), ("gathered", "measured"), ("step_done", "loss")):
+        assert [e[key] for e in events(one, kind)] == [e[key] for e in events(other, kind)]
+
+
+def test_replies_are_left_when_the_policy_has_gone_too_far(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    run = ppo(tmp_path, tiny_model, objective={"kl_stop": 1e-9})
+    result = tunesmith.train(run)
+    assert [e["step"] for e in events(result.directory.path, "gathered")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_four_roles_cost_less_than_a_fifth_of_a_model_more(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Policy, reference, value function and reward model over one backbone, in bytes."""
+    model = tiny_llama(hidden_size=256, intermediate_size=512)
+    base = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    tuned = attach(model, LoRA(rank=4))
+    with_roles(tuned, ppo(tmp_path, tiny_model, objective={"value": "adapter"}, engine=PLAIN))
+    attach(tuned, LoRA(rank=4), name="reward_0")
+    adapters = sum(p.numel() * 4 for n in ("default",) for p in _of(tuned, n))
+    held = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    assert set(base) <= set(held)
+    assert sum(held.values()) < 1.2 * sum(base.values()) + adapters
+
+
+def _of(tuned: tunesmith.TunedModel, name: str) -> list[torch.nn.Parameter]:
+    parts = [part for part in tuned.parts if part.name == name]
+    return [p for part in parts for p in part.attachment.trainable().values()]
+
+
+def test_a_value_adapter_is_refused_with_checkpointing(tmp_path: Path, tiny_model: Path) -> None:
+    run = ppo(
+        tmp_path, tiny_model, objective={"value": "adapter"}, engine={"checkpointing": "full"}
+    )
+    with pytest.raises(SpecError, match="checkpointing"):
+        tunesmith.train(run)
