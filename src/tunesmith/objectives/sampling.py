@@ -43,8 +43,8 @@ class FromReplies(Objective):
     name: str
     rewards: list[RewardSettings] = Field(min_length=1)
     """What replies are worth: the weighted sum of these."""
-    # Said here: of an inherited section, pydantic's schema forgets what stands below it.
-    rollout: Rollout = Field(default=Rollout(), description="How replies are sampled.")
+    rollout: Rollout = Rollout()
+    """How replies are sampled."""
     epochs: int = Field(default=1, ge=1)
     """Passes over the replies before new ones are sampled."""
     missing_end_penalty: float = Field(default=0.0, ge=0)
