@@ -21,6 +21,12 @@ _COLOURS: Final = {
     "#010206": "var(--grid)",
 }
 LINE, MARK, TEXT, GRID = _COLOURS
+_ON_WHITE: Final = {
+    "var(--line)": "#1f5fbf",
+    "var(--mark)": "#c2410c",
+    "var(--muted)": "#5c6370",
+    "var(--grid)": "#e3e5e8",
+}
 _MOST_POINTS: Final = 400
 _SMOOTHING: Final = 0.9
 
@@ -141,3 +147,10 @@ def for_page(svg: str) -> str:
     for colour, variable in _COLOURS.items():
         svg = svg.replace(colour, variable)
     return svg.strip()
+
+
+def standalone(svg: str) -> str:
+    """Return the drawing of a page as a file of its own: in the light page's colours, on white."""
+    for variable, colour in _ON_WHITE.items():
+        svg = svg.replace(variable, colour)
+    return svg.replace("<svg", '<svg style="background: white"', 1) + "\n"
