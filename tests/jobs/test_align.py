@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -108,7 +109,14 @@ def test_a_chain_killed_in_a_stage_goes_on_inside_it(
     path = written(chain, tmp_path)
     directory = tmp_path / "runs" / "chain"
     command = [sys.executable, "-m", "tunesmith", "align", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # As many threads as here: with others, sums are in another order.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | threads,
+    )
     first = directory / stage / "checkpoints" / "step-00000002"
     deadline = time.monotonic() + 240
     while not first.is_dir() and process.poll() is None and time.monotonic() < deadline:

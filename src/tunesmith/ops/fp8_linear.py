@@ -93,7 +93,7 @@ def input_gradient(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         (rows, in).
     """
     # Products want both factors row by row along the sum. The turned copy lives as long as this.
-    turned = codes.view(E4M3).t().contiguous()
+    turned = codes.t().contiguous().view(E4M3)
     ones = torch.ones(turned.shape[0], 1, dtype=torch.float32, device=grad.device)
     return scaled_product(*quantise_rows(grad * scales.t()), turned, ones, dtype=grad.dtype)
 
