@@ -1,151 +1,133 @@
 """The demonstrations of alignment: runs each by its one command and writes what came out.
 
     python bench/alignment.py [--only reward dpo ppo grpo rlhf] [SETTING=VALUE ...]
+    python bench/alignment.py --collect DIRECTORY ...
 
-Settings (engine.device=cpu, train.max_steps=4) go to every run, for a look at it. A run that is
-finished is not run again, so a table can be made of runs that were made elsewhere. Writes
-bench/results/alignment.md out of the summaries of runs/ and nothing else.
+A setting goes to every run. A demonstration that is finished is not run again. With --collect
+nothing is run: the run directories are taken from where they are, made on another machine perhaps.
+Runs that did not come to their end count as far as they came. `grpo-arithmetic-1e-4` beside
+`grpo-arithmetic` is the same demonstration with other settings. What was found before stays, but
+for what is now there and came as far: had its policies judged, or was evaluated as late. Either way
+bench/results/alignment.json is written out of what the runs left, and out of that file alone
+bench/results/alignment.md, the pictures, and the tables in docs/.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignment_facts import facts_of
+from alignment_pictures import pictures
+from alignment_tables import page, tables
+from readme import filled
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results" / "alignment.md"
+FOUND = ROOT / "bench" / "results" / "alignment.json"
+PAGE = FOUND.with_suffix(".md")
+FILLED = ("alignment.md", "rlhf-case-study.md")
+"""Pages of docs/ with tables in them."""
 
 
 class Demonstration(NamedTuple):
-    """One run: its file, and settings over it."""
+    """One command; its file has the name of its directory."""
 
+    title: str
     file: str
-    settings: tuple[str, ...] = ()
-    command: str = "train"
-
-    @property
-    def name(self) -> str:
-        """Name of the run directory."""
-        named = [s.removeprefix("name=") for s in self.settings if s.startswith("name=")]
-        return named[0] if named else self.file
+    command: str
 
     def arguments(self) -> list[str]:
         """Return what follows `tunesmith`."""
-        return [self.command, f"examples/{self.file}.yaml", *self.settings]
+        return [self.command, f"examples/{self.file}.yaml"]
 
 
-def losses_of_dpo() -> tuple[Demonstration, ...]:
-    others = [
-        Demonstration("dpo-polite", (f"objective.loss={loss}", f"name={loss}-polite"))
-        for loss in ("ipo", "orpo")
-    ]
-    named = [Demonstration(f"{loss}-polite") for loss in ("dpo", "kto", "simpo")]
-    return (*named, *others)
-
-
-def seeds_of_ppo() -> tuple[Demonstration, ...]:
-    return tuple(
-        Demonstration("ppo-sentiment", (f"seed={seed}", f"name=ppo-sentiment-{seed}"))
-        for seed in range(3)
-    )
-
-
-DEMONSTRATIONS: dict[str, tuple[Demonstration, ...]] = {
-    "reward": (Demonstration("reward-harmless"), Demonstration("reward-ultrafeedback")),
-    "dpo": losses_of_dpo(),
-    "ppo": (Demonstration("movie-classifier"), *seeds_of_ppo()),
-    "grpo": (Demonstration("grpo-arithmetic"),),
-    "rlhf": (Demonstration("rlhf-politeness", command="align"),),
-}
+DEMONSTRATIONS = (
+    Demonstration("reward", "reward-harmless", "train"),
+    Demonstration("reward", "reward-ultrafeedback", "train"),
+    Demonstration("dpo", "polite-preferences", "align"),
+    Demonstration("ppo", "ppo-sentiment", "align"),
+    Demonstration("grpo", "grpo-arithmetic", "train"),
+    Demonstration("rlhf", "rlhf-politeness", "align"),
+)
 
 
 def main() -> None:
+    titles = list(dict.fromkeys(one.title for one in DEMONSTRATIONS))
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=DEMONSTRATIONS, default=list(DEMONSTRATIONS))
+    parser.add_argument("--only", nargs="+", choices=titles, default=titles)
+    parser.add_argument("--collect", nargs="+", type=Path, help="folders with run directories")
     arguments, settings = parser.parse_known_args()
-    for title in arguments.only:
-        for demonstration in DEMONSTRATIONS[title]:
+    chosen = [one for one in DEMONSTRATIONS if one.title in arguments.only]
+    if not arguments.collect:
+        for demonstration in chosen:
             run(demonstration, settings)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(written())
-    print(f"wrote {RESULTS}")
+    found = json.loads(FOUND.read_text("utf-8")) if FOUND.is_file() else {}
+    for demonstration in chosen:
+        found |= collected(demonstration, arguments.collect or [ROOT / "runs"], found)
+    FOUND.parent.mkdir(exist_ok=True)
+    FOUND.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(found)
 
 
-def run(demonstration: Demonstration, settings: list[str]) -> None:
-    if demonstration.command == "train" and summary_of(demonstration.name) is not None:
-        return
-    own = settings
+def collected(
+    demonstration: Demonstration, folders: Sequence[Path], before: dict[str, Any]
+) -> dict[str, Any]:
+    """Return by their directories' names what came further than what was found of them before."""
+    file, found = demonstration.file, {}
+    command = f"tunesmith {' '.join(demonstration.arguments())}"
+    for folder in folders:
+        for place in (folder / file, *sorted(folder.glob(f"{file}-*"))):
+            known = found.get(place.name, before.get(place.name, {}))
+            facts = facts_of(place)
+            if facts and progress(facts) >= progress(known):
+                found[place.name] = {"file": file, "command": command} | facts
+    return found
+
+
+def progress(facts: dict[str, Any]) -> tuple[int, int, int]:
+    """Return what tells how far a run or a chain came: policies judged, steps, stages at an end.
+
+    Steps go first of these two: a look at a demonstration is at its end after a few.
+    """
+    if not facts:
+        return (0, 0, 0)
+    runs = list(facts.get("stages", {"": facts}).values())
+    ended = sum("stopped" not in run for run in runs)
+    return (len(facts.get("verdicts", [])), sum(run["steps"] for run in runs), ended)
+
+
+def run(demonstration: Demonstration, settings: Sequence[str]) -> None:
+    """Run a demonstration, or what is left of it."""
+    own, resume = list(settings), []
     if demonstration.command == "align":
         own = [f"common.{setting}" for setting in settings]
-    resume = ["--resume"] if demonstration.command == "train" else []
+    elif (ROOT / "runs" / demonstration.file / "summary.json").is_file():
+        return
+    else:
+        resume = ["--resume"]
     command = [sys.executable, "-m", "tunesmith", *demonstration.arguments(), *own, *resume]
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def summary_of(name: str) -> dict[str, Any] | None:
-    path = ROOT / "runs" / name / "summary.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def written() -> str:
-    """Return the page, of those demonstrations that have finished."""
-    parts = ["# Alignment, measured\n\nWritten by bench/alignment.py from the runs' summaries.\n"]
-    for title, demonstrations in DEMONSTRATIONS.items():
-        tables = [part for one in demonstrations if (part := table_of(one))]
-        if tables:
-            parts += [f"## {title}\n", *tables]
-    return "\n".join(parts)
-
-
-def table_of(demonstration: Demonstration) -> str:
-    if demonstration.command == "align":
-        return chain_of(demonstration)
-    summary = summary_of(demonstration.name)
-    if summary is None:
-        return ""
-    before, after = summary["before"], summary["after"]
-    rows = [f"| {n} | {number(before.get(n))} | {number(v)} |" for n, v in after.items()]
-    hardware = summary["hardware"]
-    device = next(iter(hardware["cuda_devices"]), hardware["processor"])
-    return "\n".join(
-        [
-            f"`tunesmith {' '.join(demonstration.arguments())}`: {summary['steps']} steps in "
-            f"{summary['seconds']:.0f} s ({device}).\n",
-            "| metric | before | after |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-
-
-def chain_of(demonstration: Demonstration) -> str:
-    path = ROOT / "runs" / demonstration.name / "alignment.json"
-    if not path.is_file():
-        return ""
-    found = json.loads(path.read_text())
-    names = ("reward", "low", "high", "kl", "length", "ended", "distinct_2", "self_bleu")
-    rows = [
-        f"| {v['name']} | {' | '.join(number(v[name]) for name in names)} | "
-        f"{', '.join(f'{share:.0%} against {other}' for other, share in v['won'].items())} |"
-        for v in found["verdicts"]
-    ]
-    return "\n".join(
-        [
-            f"`tunesmith {' '.join(demonstration.arguments())}`, judged on {found['prompts']} "
-            "held-out prompts.\n",
-            f"| policy | {' | '.join(names)} | wins |",
-            "|---" * (len(names) + 2) + "|",
-            *rows,
-            "",
-        ]
-    )
-
-
-def number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+def write(found: dict[str, Any]) -> None:
+    """Write the pages of what was found."""
+    PAGE.write_text(page(found), encoding="utf-8")
+    written = [PAGE]
+    for name, drawing in pictures(found).items():
+        written.append(ROOT / "docs" / name)
+        written[-1].write_text(drawing, encoding="utf-8")
+    for name in FILLED:
+        path = ROOT / "docs" / name
+        text = path.read_text(encoding="utf-8")
+        for slot, content in tables(found).items():
+            if f"<!-- {slot} -->" in text:
+                text = filled(text, slot, content)
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    print("wrote", *(str(path.relative_to(ROOT)) for path in written))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Keep what a comparison found: python bench/comparison.py runs/compare-sentiment sentiment.
+"""Keep what a comparison found: python bench/comparison.py RUN_DIR NAME [REMARK].
 
 Writes bench/results/compare-sentiment.json, the same beside the code for `tunesmith advise`, the
 page docs/comparison/sentiment.html, and its first picture as sentiment.svg there, for the README.
+A remark, what a reader has to know besides, goes into both.
 """
 
 import json
@@ -23,6 +24,8 @@ def main() -> None:
     hardware = content["facts"].get("hardware", {})
     if "system" in hardware:  # the kernel's build is nobody's business
         hardware["system"] = hardware["system"].split()[0]
+    if len(sys.argv) > 3:
+        content["facts"]["remark"] = sys.argv[3]
     findings = findings_from(content)
     write_comparison_report(findings, PAGES / f"{name}.html")
     (PAGES / f"{name}.svg").write_text(standalone(charts(findings)[0].svg), encoding="utf-8")

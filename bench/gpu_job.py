@@ -5,6 +5,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,7 +22,7 @@ from tunesmith.data.packing import WINDOW, pack
 from tunesmith.data.prepare import PreparedData
 from tunesmith.data.rows import TokenRow, join
 from tunesmith.engine.distribution import Peers, connect
-from tunesmith.engine.events import Event, MicroBatchHalved, StepDone, Warned
+from tunesmith.engine.events import CheckpointingChosen, Event, MicroBatchHalved, StepDone, Warned
 from tunesmith.engine.loop import fit
 from tunesmith.jobs.assemble import (
     Assembled,
@@ -35,6 +37,8 @@ from tunesmith.spec import Run, validate
 
 WARMUP = 3
 """Steps before the timed ones: compiling, and the first lengths."""
+PROFILED = 2
+"""Steps that a profile covers."""
 ALPACA = Path(__file__).with_name("alpaca_lengths.json")
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -69,6 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix": {"name": "prefix_tuning", "length": 20, "init": "random"},
     "adapter": {"name": "adapter", "placement": "houlsby"},
     "full": {"name": "full", "keep_base": False},
+    "full-bf16": {"name": "full", "keep_base": False, "weights": "model"},
 }
 
 
@@ -79,6 +84,7 @@ class Job:
     shape: str = "8b"
     method: str = "lora"
     quantize: str = "none"
+    products: str = "dtype"
     checkpointing: str = "none"
     tokens: str = "4x2048"
     """Rows at once x tokens a row."""
@@ -90,6 +96,8 @@ class Job:
     optimizer: str = "adamw"
     steps: int = 8
     device: str = "cuda"
+    limit: float | None = None
+    """GiB that PyTorch may take; what it needs beyond that is out of memory."""
 
     @property
     def rows(self) -> int:
@@ -112,7 +120,8 @@ class Job:
         return validate(
             {
                 "name": "bench",
-                "model": {"name": "random", "quantize": self.quantize, "dtype": self.dtype},
+                "model": {"name": "random", "dtype": self.dtype}
+                | {"quantize": self.quantize, "products": self.products},
                 "method": METHODS[self.method],
                 "data": {
                     "train": [{"path": "random"}],
@@ -192,6 +201,8 @@ class Clock:
         self.ends: list[float] = []
         self.done: list[StepDone] = []
         self.said: list[str] = []
+        self.first_after = 0.0
+        """Seconds of this process at the end of the first step."""
         self.steps, self._device, self._target = steps, device, profile
         self._profiler: Any = None
 
@@ -201,30 +212,36 @@ class Clock:
         Raises:
             Enough: it was the last.
         """
-        if isinstance(event, MicroBatchHalved | Warned):
+        if isinstance(event, CheckpointingChosen | MicroBatchHalved | Warned):
             self.said.append(event.message)
         if not isinstance(event, StepDone):
             return
-        last = len(self.ends) + 1 == WARMUP + self.steps
-        if self._device.type == "cuda" and (last or len(self.ends) < WARMUP):
-            torch.cuda.synchronize()
+        # The event is there when the device has done with the step, so nothing needs to wait.
         self.ends.append(time.perf_counter())
         self.done.append(event)
+        if len(self.ends) == 1:
+            self.first_after = time.time() - psutil.Process().create_time()
         if len(self.ends) == WARMUP and self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        if last:
+        if len(self.ends) == WARMUP + self.steps:
             self._profile_or_stop()
-        elif len(self.ends) > WARMUP + self.steps:
+        elif len(self.ends) == WARMUP + self.steps + PROFILED:
             self._stop_profile()
 
     def _profile_or_stop(self) -> None:
         if self._target is None:
             raise Enough
-        # One step more, which is not timed.
+        # More steps, which are not timed; one may be on its way already.
+        self._wait()
         self._profiler = torch.profiler.profile()
         self._profiler.start()
 
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
     def _stop_profile(self) -> None:
+        self._wait()
         self._profiler.stop()
         kind = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
         averages = self._profiler.key_averages()
@@ -243,7 +260,7 @@ def measure(job: Job, *, profile: Path | None = None) -> dict[str, Any]:
     run = job.run()
     peers = connect(run.engine)
     clock = Clock(job.steps, peers.device, profile)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, memory_limit(job.limit):
         assembled = assemble_random(run, job, peers)
         clock.built = time.perf_counter()
         trainable = sum(p.numel() for p in assembled.tuned.trainable().values())
@@ -265,6 +282,21 @@ def measure(job: Job, *, profile: Path | None = None) -> dict[str, Any]:
     if peers.device.type == "cuda":
         torch.cuda.empty_cache()
     return asdict(job) | {"trainable": trainable} | _result(clock)
+
+
+@contextlib.contextmanager
+def memory_limit(gib: float | None) -> Iterator[None]:
+    """Let PyTorch take no more than `gib` of the device inside a `with` block."""
+    if gib is None:
+        yield
+        return
+    torch.cuda.empty_cache()
+    whole = torch.cuda.get_device_properties().total_memory
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def assemble_random(run: Run, job: Job, peers: Peers) -> Assembled:
@@ -289,9 +321,9 @@ def assemble_random(run: Run, job: Job, peers: Peers) -> Assembled:
     )
 
 
-def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Return a Llama of this shape with random weights, made on `device`, in eval mode."""
-    config = LlamaConfig(
+def llama_config(shape: str) -> LlamaConfig:
+    """Return the configuration of a Llama of this shape."""
+    return LlamaConfig(
         **{
             "vocab_size": 128256,
             "max_position_embeddings": 131072,
@@ -299,6 +331,11 @@ def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaF
         }
         | SHAPES[shape]
     )
+
+
+def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Return a Llama of this shape with random weights, made on `device`, in eval mode."""
+    config = llama_config(shape)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -328,6 +365,7 @@ def _result(clock: Clock) -> dict[str, Any]:
         "steps_seconds": [round(x, 4) for x in seconds],
         "peak_gib": round(timed[-1].memory_bytes / 2**30, 2),
         "first_step_seconds": round(first, 2),
+        "start_seconds": round(clock.first_after, 2),
         "compile_seconds": round(clock.ends[0] - clock.built - step, 2),
         "loss_first": clock.done[0].loss,
         "loss_last": clock.done[-1].loss,

@@ -47,7 +47,8 @@ def main() -> None:
         return
     if arguments.peer == "unsloth":
         import unsloth  # noqa: F401 - it patches what is imported after it
-    directory = made(arguments.model)
+    random_weights = arguments.load == "memory" and by_constructor(arguments)
+    directory = made(arguments.model, weights=not random_weights)
     print("RESULT " + json.dumps(measure(arguments, directory)), flush=True)
 
 
@@ -59,26 +60,44 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gc", type=int, default=1, help="gradient checkpointing")
     parser.add_argument("--dora", type=int, default=0)
     parser.add_argument("--data", default="full", choices=("full", "alpaca"))
+    parser.add_argument("--packing", type=int, default=0, help="TRL's packing, samples kept apart")
+    parser.add_argument("--group", type=int, default=0, help="batches of like lengths")
+    parser.add_argument(
+        "--load", default="memory", choices=("memory", "disk"), help="where the weights come from"
+    )
     parser.add_argument("--bs", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=8)
     return parser.parse_args()
 
 
-def made(model: str) -> Path:
-    """Return the folder of a model with random weights and a tokenizer, made where it is not."""
+def by_constructor(arguments: argparse.Namespace) -> bool:
+    """Return whether the model can be made on the device instead of being read."""
+    return arguments.peer != "unsloth" and arguments.mode != "qlora"
+
+
+def made(model: str, *, weights: bool = True) -> Path:
+    """Return the folder of a tokenizer and a model with random weights, made where it is not.
+
+    Args:
+        model: name of its shape.
+        weights: whether they are needed; the configuration is there in any case.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from gpu_job import random_llama
+    from gpu_job import llama_config, random_llama
 
-    folder = Path(tempfile.gettempdir()) / f"bench-model-{model}"
+    folder = Path(tempfile.gettempdir()) / f"bench-model-{model}{'' if weights else '-empty'}"
     if (folder / "done").exists():
         return folder
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    llama = random_llama(model, device, torch.bfloat16)
-    llama.save_pretrained(folder)
+    if weights:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        random_llama(model, device, torch.bfloat16).save_pretrained(folder)
+        torch.cuda.empty_cache()
+    else:
+        llama_config(model).save_pretrained(folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {
         letter: number for number, letter in enumerate(["<s>", "</s>", "<pad>", *letters])
@@ -90,9 +109,6 @@ def made(model: str) -> Path:
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
     (folder / "done").write_text("")
-    del llama
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return folder
 
 
@@ -101,7 +117,9 @@ def rows(arguments: argparse.Namespace, vocab: int) -> list[dict[str, list[int]]
     import numpy as np
 
     random = np.random.default_rng(0)
-    count = arguments.bs * (arguments.steps + WARMUP + 2)
+    # A packed row holds many, and like lengths need many to choose from.
+    many = 40 if arguments.packing else 8 if arguments.group else 1
+    count = many * arguments.bs * (arguments.steps + WARMUP + 2)
     lengths = [(0, arguments.seq)] * count
     if arguments.data == "alpaca":
         lengths = json.loads(LENGTHS.read_text(encoding="utf-8"))["lengths"]
@@ -116,6 +134,7 @@ def rows(arguments: argparse.Namespace, vocab: int) -> list[dict[str, list[int]]
 
 def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Train and return what was measured."""
+    import psutil
     import torch
     from datasets import Dataset
     from transformers import AutoConfig, AutoTokenizer, TrainerCallback
@@ -125,6 +144,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     data = rows(arguments, vocab)
     ends: list[float] = []
     first: list[float] = []
+    seen: list[tuple[int, int]] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -132,6 +152,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
             ends.append(time.perf_counter())
             if len(ends) == 1:
                 first.append(time.perf_counter() - BEGUN)
+                first.append(time.time() - psutil.Process().create_time())
             if len(ends) == WARMUP:
                 torch.cuda.reset_peak_memory_stats()
 
@@ -144,21 +165,31 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         callbacks=[Clock()],
         **({"peft_config": peft_config} if peft_config else {}),
     )
+    inner = trainer.training_step
+
+    def training_step(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        mask = inputs.get("attention_mask", inputs["input_ids"] >= 0)
+        supervised = (inputs["labels"][:, 1:] != -100).sum()
+        seen.append((int(mask.sum()), int(supervised)))
+        return inner(model, inputs, *rest, **more)
+
+    trainer.training_step = training_step
     trainer.train()
     seconds = [b - a for a, b in zip(ends[WARMUP - 1 :], ends[WARMUP:], strict=False)]
     step = statistics.median(seconds)
-    sums = [sum(len(row["input_ids"]) for row in data), 0]
-    sums[1] = sum(sum(x != -100 for x in row["labels"][1:]) for row in data)
-    # The order is shuffled, so a step is the mean of the rows; they are many.
-    per_step = [total / len(data) * arguments.bs for total in sums]
+    # Batches differ in size where rows do, so there the rate is over all steps.
+    timed = [sum(sizes) / sum(seconds) for sizes in zip(*seen[WARMUP:], strict=True)]
+    if arguments.data == "full":
+        timed = [size / step for size in seen[-1]]
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {
-        "tokens_per_second": round(per_step[0] / step, 1),
-        "supervised_tokens_per_second": round(per_step[1] / step, 1),
+        "tokens_per_second": round(timed[0], 1),
+        "supervised_tokens_per_second": round(timed[1], 1),
         "step_seconds": round(step, 4),
         "steps_seconds": [round(x, 4) for x in seconds],
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "first_step_seconds": round(first[0], 2),
+        "start_seconds": round(first[1], 2),
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
@@ -182,9 +213,10 @@ def configured(arguments: argparse.Namespace) -> Any:
         learning_rate=1e-5,
         lr_scheduler_type="constant",
         max_length=arguments.seq,
-        packing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        packing=bool(arguments.packing),
+        dataset_kwargs={"skip_prepare_dataset": not arguments.packing},
         remove_unused_columns=False,
+        **({"train_sampling_strategy": "group_by_length"} if arguments.group else {}),
         **{}
         if its_own
         else {
@@ -212,9 +244,15 @@ def load(arguments: argparse.Namespace, directory: Path) -> tuple[Any, Any]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, attn_implementation="sdpa", device_map={"": 0}, **more
-    )
+    if arguments.load == "memory" and by_constructor(arguments):
+        from gpu_job import random_llama
+
+        model = random_llama(arguments.model, torch.device("cuda"), torch.bfloat16)
+        model.name_or_path = str(directory)  # the trainer takes it for the tokenizer's
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.bfloat16, attn_implementation="sdpa", device_map={"": 0}, **more
+        )
     if arguments.mode == "full":
         return model, None
     return model, LoraConfig(

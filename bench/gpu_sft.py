@@ -1,7 +1,7 @@
 """The speed and memory of supervised fine-tuning on one GPU.
 
     python bench/gpu_sft.py --shape 8b --method lora --quantize fp8 --checkpointing none
-    python bench/gpu_sft.py --table [--rows lora-bf16,lora-fp8] [--no-peers]
+    python bench/gpu_sft.py --table [--rows lora-bf16,lora-fp8] [--peers missing] [--budget 480]
 
 Random weights of a real shape, made on the device, go through the code of `tunesmith train`. One
 configuration prints a line of JSON and adds it to bench/results/gpu_sft.json. --table runs the rows
@@ -38,6 +38,11 @@ def main() -> None:
     if arguments.worker:
         work()
         return
+    if arguments.page:
+        from gpu_table import write_page
+
+        write_page(arguments.results, arguments.page)
+        return
     if arguments.table or arguments.rows:
         from gpu_table import run_table
 
@@ -58,9 +63,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="8b", choices=("8b", "1b", "tiny"))
     parser.add_argument(
-        "--method", default="lora", choices=("lora", "dora", "ia3", "prefix", "adapter", "full")
+        "--method",
+        default="lora",
+        choices=("lora", "dora", "ia3", "prefix", "adapter", "full", "full-bf16"),
     )
     parser.add_argument("--quantize", default="none", help="none, fp8, nf4 or int8")
+    parser.add_argument("--products", default="dtype", help="dtype or float8, with nf4")
     parser.add_argument(
         "--checkpointing", default="none", help="none, selective, full, offload or auto"
     )
@@ -72,10 +80,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--profile", type=Path, help="write the kernels of one more step there")
+    parser.add_argument("--profile", type=Path, help="write the kernels of two more steps there")
     parser.add_argument("--table", action="store_true", help="the whole table")
+    parser.add_argument(
+        "--page", metavar="DEVICE", help="write a device's table again, and no more"
+    )
     parser.add_argument("--rows", help="names of rows of the table, by commas")
-    parser.add_argument("--no-peers", action="store_true", help="leave the peers out")
+    parser.add_argument(
+        "--peers",
+        default="all",
+        choices=("all", "missing", "none"),
+        help="which other programs the table measures: those without a result of this device",
+    )
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds for the whole table")
+    parser.add_argument("--limit", type=float, help="GiB that PyTorch may take")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds a configuration")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

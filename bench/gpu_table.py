@@ -29,6 +29,10 @@ class Row:
     peers: tuple[tuple[str, ...], ...] = ()
     """Arguments of gpu_peers.py."""
     unit: str = "tokens_per_second"
+    over_peer: float | None = None
+    """Times the rate of the best peer to reach."""
+    steps: int | None = None
+    """Timed steps, where they are long."""
 
 
 BASE = Job(speed="auto")
@@ -45,60 +49,70 @@ def beside(method: str) -> tuple[Job, ...]:
     return (Job(speed="auto", method=method),)
 
 
-NF4 = Job(speed="auto", quantize="nf4")
+NF4 = Job(speed="auto", quantize="nf4", products="float8")
 LONG = Job(speed="auto", tokens="1x32768")
-LONG_FP8 = Job(speed="auto", quantize="fp8", tokens="1x32768")
 FULL = Job(speed="auto", shape="1b", method="full")
+ALPACA_PEER = ("trl-liger", "--gc", "0", "--data", "alpaca")
+# In the order of their importance: where time is short, the last are left out.
 ROWS = {
     "lora-bf16": Row(
         "LoRA, bf16 base, memory free",
         (BASE,),
         target=17_000,
         limit=52,
-        peers=(("trl-liger", "--gc", "0"), ("trl", "--gc", "0"), ("unsloth", "--gc", "0")),
+        peers=(("trl-liger", "--gc", "0"),),
+    ),
+    "full-1b": Row(
+        "full fine-tuning, 1B shape (the peer keeps weights and moments in bf16)",
+        (Job(**asdict(FULL) | {"method": "full-bf16", "dtype": "bfloat16"}), FULL),
+        target=80_000,
+        limit=18,
+        peers=(("trl-liger", "--model", "1b", "--mode", "full", "--gc", "0"),),
     ),
     "lora-fp8": Row("LoRA, fp8 base, memory free", (FP8,), target=25_000, limit=46),
     "lora-20": Row(
         "LoRA within 20 GiB",
-        variants(FP8, "selective", "offload", "full"),
+        (Job(speed="auto", quantize="fp8", checkpointing="auto", limit=20.0),),
         target=17_000,
         limit=20,
-        peers=(("trl-liger", "--gc", "1"), ("unsloth", "--gc", "1")),
+        peers=(("trl-liger", "--gc", "1"),),
     ),
     "qlora": Row(
         "QLoRA, nf4 with double quantisation, within 9.1 GiB",
-        variants(NF4, "offload", "full"),
+        variants(NF4, "offload"),
         target=13_500,
         limit=9.1,
-        peers=(("trl-liger", "--mode", "qlora"), ("unsloth", "--mode", "qlora")),
-    ),
-    "full-1b": Row(
-        "full fine-tuning, 1B shape",
-        (FULL, Job(**asdict(FULL) | {"dtype": "bfloat16"})),
-        target=80_000,
-        limit=18,
-        peers=(
-            ("trl-liger", "--model", "1b", "--mode", "full", "--gc", "0"),
-            ("unsloth", "--model", "1b", "--mode", "full", "--gc", "0"),
-        ),
-    ),
-    "dora": Row("DoRA", beside("dora"), ratio=1.15, peers=(("trl", "--gc", "0", "--dora", "1"),)),
-    "ia3": Row("IA3", beside("ia3"), ratio=1.1),
-    "prefix": Row("prefix tuning, 20", beside("prefix"), ratio=1.1),
-    "adapter": Row("Houlsby adapter", beside("adapter"), ratio=1.1),
-    "alpaca": Row(
-        "instruction data (lengths of Alpaca), packed; supervised tokens",
-        (Job(speed="auto", data="alpaca"),),
-        peers=(("trl-liger", "--gc", "0", "--data", "alpaca", "--bs", "32"),),
-        unit="supervised_tokens_per_second",
+        peers=(("trl-liger", "--mode", "qlora"),),
     ),
     "long": Row(
         "one sequence of 32,768 tokens",
-        (*variants(LONG_FP8, "selective", "full"), *variants(LONG, "full", "offload")),
+        (Job(**asdict(LONG) | {"quantize": "fp8", "checkpointing": "auto", "limit": 40.0}),),
         target=8_500,
         limit=40,
         peers=(("trl-liger", "--bs", "1", "--seq", "32768"),),
+        steps=3,
     ),
+    "alpaca": Row(
+        "instruction data (lengths of Alpaca), packed; supervised tokens",
+        (Job(speed="auto", data="alpaca"),),
+        peers=(
+            (*ALPACA_PEER, "--bs", "64", "--group", "1"),
+            (*ALPACA_PEER, "--bs", "4", "--packing", "1"),
+        ),
+        unit="supervised_tokens_per_second",
+        over_peer=3.0,
+    ),
+    "prefix": Row("prefix tuning, 20", beside("prefix"), ratio=1.1),
+    "dora": Row("DoRA", beside("dora"), ratio=1.15),
+    "start": Row(
+        "seconds from the start of the program to the end of the first step, weights not from disk",
+        (Job(**asdict(BASE) | {"steps": 1}),),
+        peers=(("trl-liger", "--gc", "0", "--steps", "1"),),
+        unit="start_seconds",
+        steps=1,
+    ),
+    "ia3": Row("IA3", beside("ia3"), ratio=1.1),
+    "adapter": Row("Houlsby adapter", beside("adapter"), ratio=1.1),
 }
 
 
@@ -108,38 +122,62 @@ def run_table(arguments: Namespace) -> None:
     if unknown := [name for name in chosen if name not in ROWS]:
         sys.exit(f"--rows: {unknown[0]!r} is not among {', '.join(ROWS)}")
     worker = Worker()
+    end = time.monotonic() + arguments.budget
     for name in chosen:
+        if time.monotonic() > end:
+            print(f"left out for want of time: {name}", flush=True)
+            continue
         row = ROWS[name]
-        peers = [] if arguments.no_peers or arguments.device == "cpu" else list(row.peers)
+        steps = row.steps or arguments.steps
+        peers = wanted_peers(name, arguments)
+        if row.unit == "start_seconds":
+            worker.stop()  # a process that has imported everything would start too soon
         for number in range(max(len(row.jobs), len(peers))):
             if number < len(peers):
-                tell(name, by_peer(peers[number], arguments), arguments.results)
+                found = by_peer(peers[number], steps, arguments.timeout)
+                tell(name, found, arguments.results)
             if number < len(row.jobs):
-                job = Job(**asdict(row.jobs[number]) | overrides(arguments))
+                job = Job(**asdict(row.jobs[number]) | overrides(arguments, steps))
                 found = worker.measure(job, timeout=arguments.timeout)
                 tell(name, {"program": "tunesmith"} | found, arguments.results)
     worker.stop()
-    write_page(arguments.results)
+    write_page(arguments.results, machine()["device_name"])
 
 
-def overrides(arguments: Namespace) -> dict[str, Any]:
+def wanted_peers(name: str, arguments: Namespace) -> list[tuple[str, ...]]:
+    """Return the peers of a row that are to be measured now."""
+    if arguments.peers == "none" or arguments.device == "cpu":
+        return []
+    if arguments.peers == "all":
+        return list(ROWS[name].peers)
+    path, here = arguments.results / "gpu_sft.json", machine()["device_name"]
+    known = json.loads(path.read_text("utf-8")) if path.exists() else []
+    there = {
+        (line["program"], *line["arguments"])
+        for line in known
+        if line.get("row") == name and line["device_name"] == here and "arguments" in line
+    }
+    return [peer for peer in ROWS[name].peers if peer not in there]
+
+
+def overrides(arguments: Namespace, steps: int) -> dict[str, Any]:
     """Return what the command line says of every row: a tiny shape and the CPU, for a trial."""
-    changed: dict[str, Any] = {"steps": arguments.steps, "device": arguments.device}
+    changed: dict[str, Any] = {"steps": steps, "device": arguments.device}
     if arguments.shape == "tiny":
         changed |= {"shape": "tiny", "tokens": arguments.tokens}
+    if arguments.device == "cpu":
+        changed["limit"] = None
     return changed
 
 
-def by_peer(peer: tuple[str, ...], arguments: Namespace) -> dict[str, Any]:
+def by_peer(peer: tuple[str, ...], steps: int, timeout: float) -> dict[str, Any]:
     """Return what a peer measured in a process of its own, or why not."""
-    command = [sys.executable, str(HERE / "gpu_peers.py"), *peer, "--steps", str(arguments.steps)]
+    command = [sys.executable, str(HERE / "gpu_peers.py"), *peer, "--steps", str(steps)]
     known = {"program": peer[0], "arguments": list(peer[1:])}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=arguments.timeout
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return known | {"failed": f"no result after {arguments.timeout:.0f} s"}
+        return known | {"failed": f"no result after {timeout:.0f} s"}
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return known | json.loads(line.removeprefix("RESULT "))
@@ -165,6 +203,7 @@ SHOWN = (
     "supervised_tokens_per_second",
     "peak_gib",
     "first_step_seconds",
+    "start_seconds",
     "compile_seconds",
     "loss_first",
     "loss_last",
@@ -173,33 +212,32 @@ SHOWN = (
 )
 
 
-def write_page(folder: Path) -> None:
-    """Write <device>.md in `folder` from the newest results of the device at hand."""
-    here = machine()
+def write_page(folder: Path, device_name: str) -> None:
+    """Write <device>.md in `folder` from the newest results of a device."""
     known = json.loads((folder / "gpu_sft.json").read_text(encoding="utf-8"))
-    mine = [line for line in known if line["device_name"] == here["device_name"] and "row" in line]
-    path = folder / f"{device_slug(here['device_name'])}.md"
-    path.write_text(page(mine, here), encoding="utf-8")
+    mine = [line for line in known if line["device_name"] == device_name and "row" in line]
+    path = folder / f"{device_slug(device_name)}.md"
+    path.write_text(page(mine), encoding="utf-8")
     print(path)
 
 
-def page(results: list[dict[str, Any]], here: dict[str, Any]) -> str:
+def page(results: list[dict[str, Any]]) -> str:
     """Return the table in Markdown."""
+    last = max(results, key=lambda line: line["date"])
     newest: dict[str, dict[str, Any]] = {}
     for line in results:
-        if line["program"] == "tunesmith":
-            key = {name: line.get(name) for name in asdict(BASE)}
-        else:
-            key = {"peer": line["program"], "arguments": line["arguments"]}
-        newest[line["row"] + json.dumps(key)] = line
+        row = ROWS.get(line["row"])
+        if row is not None and key_of(line) in keys_of(row):
+            newest[line["row"] + key_of(line)] = line
     lines = [
-        f"# Supervised fine-tuning on one {here['device_name']}",
+        f"# Supervised fine-tuning on one {last['device_name']}",
         "",
         "Written by `python bench/gpu_sft.py --table` on "
-        f"{time.strftime('%Y-%m-%d')}; every run is in gpu_sft.json.",
+        f"{last['date']}; every run is in gpu_sft.json.",
         "Llama 3.1 8B shape with random weights, rank 16 on all linear maps, AdamW, 4 x 2048",
-        "tokens, all supervised, unless the row says otherwise; medians of at least 8 steps after",
-        "3 of warm-up; peak memory that PyTorch allocated in the timed steps.",
+        "tokens, all supervised, unless the row says otherwise; medians of 8 steps (3 of the long",
+        "sequence) after 3 of warm-up; peak memory that PyTorch allocated in the timed steps. The",
+        "first step of a peer includes its imports, ours does not; both make random weights.",
         "",
         "| job | program | base | checkpointing | tokens/s | peak GiB | first step | asked | |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -208,21 +246,49 @@ def page(results: list[dict[str, Any]], here: dict[str, Any]) -> str:
         mine = [line for line in newest.values() if line["row"] == name]
         ours = [line for line in mine if line["program"] == "tunesmith"]
         theirs = [line for line in mine if line["program"] != "tunesmith"]
-        order = sorted(theirs, key=lambda x: -x.get(row.unit, 0.0))
-        order += sorted(ours, key=lambda x: -x.get(row.unit, 0.0))
+        order = sorted(theirs, key=lambda x: -(x.get(row.unit) or 0.0))
+        order += sorted(ours, key=lambda x: -(x.get(row.unit) or 0.0))
         lines += [cells(row, line, list(newest.values())) for line in order]
-    versions = ", ".join(f"{key} {value or '-'}" for key, value in here["versions"].items())
+    versions = ", ".join(f"{key} {value or '-'}" for key, value in last["versions"].items())
     return "\n".join([*lines, "", f"Versions: {versions}.", ""])
+
+
+def key_of(line: dict[str, Any]) -> str:
+    """Return what tells a way to do the job of a row from the others."""
+    if line["program"] != "tunesmith":
+        return json.dumps([line["program"], *line["arguments"]])
+    # Tried out on a CPU, the shape is smaller.
+    given = {**asdict(BASE), **line}
+    apart = (
+        "method",
+        "quantize",
+        "products",
+        "checkpointing",
+        "data",
+        "speed",
+        "dtype",
+        "optimizer",
+    )
+    return json.dumps({name: given[name] for name in apart})
+
+
+def keys_of(row: Row) -> set[str]:
+    """Return the ways to do the job of `row` that are measured now."""
+    ours = {key_of(asdict(job) | {"program": "tunesmith"}) for job in row.jobs}
+    return ours | {json.dumps(list(peer)) for peer in row.peers}
 
 
 def cells(row: Row, line: dict[str, Any], every: list[dict[str, Any]]) -> str:
     """Return a line of the table."""
     how = [line.get("quantize", " ".join(line.get("arguments", []))), line.get("checkpointing", "")]
+    if line.get("products", "dtype") != "dtype":
+        how[0] += f", products in {line['products']}"
     if line.get("dtype", "auto") != "auto":
         how[0] += f", {line['dtype']}"
     start = [row.about, line["program"], *how]
-    if "failed" in line:
-        return f"| {' | '.join(start)} | - | - | - | | {line['failed'].replace('|', '/')} |"
+    if "failed" in line or line.get(row.unit) is None:
+        why = line.get("failed", "not measured").replace("|", "/")
+        return f"| {' | '.join(start)} | - | - | - | | {why} |"
     numbers = [f"{line[row.unit]:,.0f}", f"{line['peak_gib']:.1f}"]
     numbers.append(f"{line['first_step_seconds']:.0f} s" if "first_step_seconds" in line else "")
     asked, verdict = judged(row, line, every)
@@ -239,9 +305,31 @@ def judged(row: Row, line: dict[str, Any], every: list[dict[str, Any]]) -> tuple
         if not base or "failed" in base[0]:
             return asked, "no LoRA to compare"
         ratio = line["step_seconds"] / base[0]["step_seconds"]
-        return asked, f"{ratio:.2f} x: {'reached' if ratio <= row.ratio else 'not reached'}"
+        return asked, f"{ratio:.2f} x: {verdict(ratio <= row.ratio)}"
+    if row.over_peer is not None or row.unit == "start_seconds":
+        return beside_peers(row, line, every)
     if row.target is None:
         return "", ""
     asked = f"{row.target:,.0f} at {row.limit} GiB"
     good = line[row.unit] >= row.target and line["peak_gib"] <= (row.limit or float("inf"))
-    return asked, "reached" if good else "not reached"
+    return asked, verdict(good)
+
+
+def beside_peers(row: Row, line: dict[str, Any], every: list[dict[str, Any]]) -> tuple[str, str]:
+    """Return what was asked of a result in comparison with the best peer, and whether it holds."""
+    peers = [x for x in every if x["row"] == line["row"] and x["program"] != "tunesmith"]
+    theirs = [x[row.unit] for x in peers if x.get(row.unit)]
+    asked = "no slower than the peer"
+    if row.over_peer is not None:
+        asked = f"{row.over_peer:g} x the best peer"
+    if not theirs:
+        return asked, "no peer to compare"
+    if row.over_peer is None:
+        return asked, verdict(line[row.unit] <= min(theirs))
+    times = line[row.unit] / max(theirs)
+    return asked, f"{times:.2f} x: {verdict(times >= row.over_peer)}"
+
+
+def verdict(reached: bool) -> str:
+    """Return it in words."""
+    return "reached" if reached else "not reached"

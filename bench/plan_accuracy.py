@@ -58,6 +58,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3": {"name": "ia3"},
     "adapter": {"name": "adapter"},
     "prefix_tuning": {"name": "prefix_tuning", "init": "random"},
+    "dora": {"name": "lora", "dora": True},
+    "houlsby": {"name": "adapter", "placement": "houlsby"},
 }
 
 
@@ -99,6 +101,13 @@ CASES = {
         Case("1B", "adapter", 4, 1024),
         Case("1B", "prefix_tuning", 4, 1024),
         Case("1B", "lora", 4, 1024, speed="compiled"),
+        Case("8B", "lora", 4, 2048, speed="compiled"),
+        Case("1B", "full", 4, 2048, speed="compiled"),
+        Case("1B", "lora", 4, 1024, "full", quantize="nf4", speed="compiled"),
+        Case("1B", "dora", 4, 1024, speed="compiled"),
+        Case("1B", "ia3", 4, 1024, speed="compiled"),
+        Case("1B", "houlsby", 4, 1024, speed="compiled"),
+        Case("1B", "lora", 4, 1024, "selective", speed="compiled"),
     ],
     "cpu": [
         Case("5M", "lora", 4, 128),
@@ -179,7 +188,9 @@ def plan_again(folder: Path, device: str) -> None:
     """Replace the predictions of what was measured on `device`, wherever this runs."""
     book = Book(device, keep=True)
     cases = [Case(**{key: row[key] for key in asdict(CASES["cpu"][0])}) for row in book.rows]
-    with ProcessPoolExecutor(2, get_context("spawn"), without_gpu) as planners:
+    with ProcessPoolExecutor(
+        2, get_context("spawn"), without_gpu, max_tasks_per_child=1
+    ) as planners:  # fresh ones, whose own memory is alike
         plans = [planners.submit(predicted, case, folder, device) for case in cases]
         for row, planned in zip(book.rows, plans, strict=True):
             row["predicted_bytes"] = planned.result()
@@ -199,7 +210,7 @@ class Book:
         if self.path.exists():
             self.all = json.loads(self.path.read_text(encoding="utf-8"))
         self.rows: list[dict[str, Any]] = []
-        if keep:
+        if keep and device in self.all:
             self.rows = self.all[device]["rows"]
             return
         self.all[device] = {
@@ -212,6 +223,7 @@ class Book:
         self, case: Case, planned: int, peak: int | None, *, why: str | None, since: float
     ) -> None:
         """Write a case down: bytes, or why there are none."""
+        self.rows[:] = [row for row in self.rows if asdict(case).items() - row.items()]
         row = asdict(case) | {"predicted_bytes": planned, "measured_bytes": peak}
         row |= {"ratio": round(planned / peak, 3)} if peak else {"not_measured": why}
         self.rows.append(row)
@@ -231,6 +243,8 @@ def table(results: dict[str, Any]) -> str:
     for device, result in results.items():
         versions = ", ".join(f"{k} {v}" for k, v in sorted(result["versions"].items()))
         lines += [f"## {device}", "", f"{_named(result['hardware'])}; {versions}.", ""]
+        if "remark" in result:
+            lines += [result["remark"], ""]
         lines += [
             "| shape | method | rows x tokens | checkpointing | base | optimiser | blocks "
             "| predicted | measured | ratio |",
@@ -258,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=CASES, default="cuda")
     parser.add_argument("--first", type=int, help="only so many cases")
+    parser.add_argument("--speed", choices=("safe", "compiled"), help="only cases of this speed")
     parser.add_argument("--plan-again", action="store_true", help="only the predictions")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
@@ -269,7 +284,9 @@ def main() -> None:
             plan_again(folder, options.device)
             return
         measure = measure_cuda if options.device == "cuda" else measure_cpu
-        measure(CASES[options.device][: options.first], folder, Book(options.device))
+        cases = [c for c in CASES[options.device] if options.speed in {None, c.speed}]
+        book = Book(options.device, keep=options.speed is not None)
+        measure(cases[: options.first], folder, book)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python bench/quantize_products.py [--rows 8192]
 
 On a GPU: the maps of a Llama of 8B parameters, bfloat16 inputs, only the input wants a gradient.
-`nf4 library` is the eager path, in which bitsandbytes' operator works the weight out; the others
-are compiled, in which the compiler's own kernel does (`nf4`, `nf4-float8`). Medians of 20 after 5,
-in milliseconds; `gain` of a kind is bfloat16's time over its own. Writes
+`nf4 library` is bitsandbytes' own module; the others are compiled. Medians of 20 after 5, in
+milliseconds; `gain` of a kind is bfloat16's time over its own. Writes
 bench/results/quantize_products.json.
 """
 
@@ -64,11 +63,21 @@ def measured(out: int, width: int, *, rows: int) -> dict[str, float]:
     }
     for module in maps.values():
         module.compile(fullgraph=True)
-    maps["nf4 library"] = nf4(float8=False)
+    maps["nf4 library"] = library(weight, bitsandbytes.nn)
     x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(rows, out, device="cuda", dtype=torch.bfloat16)
     found = {name: milliseconds(step(module, x, grad)) for name, module in maps.items()}
     return found | {f"gain {name}": found["bfloat16"] / found[name] for name in maps}
+
+
+def library(weight: Tensor, modules: Any) -> nn.Module:
+    """Return bitsandbytes' linear map of `weight` (out, in)."""
+    out, width = weight.shape
+    module = modules.Linear4bit(width, out, False, compute_dtype=weight.dtype)
+    module.weight = modules.Params4bit(
+        weight.cpu(), requires_grad=False, quant_type="nf4", module=module
+    ).cuda()
+    return module
 
 
 def step(module: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], Any]:

@@ -1,6 +1,6 @@
 """What the kind of base costs in quality: the same LoRA training on bf16, fp8, nf4 bases.
 
-    python bench/quantize_quality.py [--device cuda] [--workers 4] [--steps 300]
+    python bench/quantize_quality.py [--device cuda] [--workers 12] [--steps 300]
 
 SmolLM2-135M-Instruct (zoo) learns the English dialogues of chatterbot-dialogues (zoo), LoRA of
 rank 16 on all linear maps, 16 rows a step; a tenth of the rows is held out and measured every 50
@@ -11,8 +11,9 @@ the seeds, are the same for all bases, so differences between bases are paired b
 are bf16, fp8, nf4 (products in bfloat16) and nf4 with products in float8.
 
 All runs start together in `--workers` processes that share the device: each is too small to fill a
-GPU. Writes bench/results/quantize_quality.json: the curves, the final losses, and each base's mean
-difference from bf16 of the same seed relative to bf16's loss, with its smallest and largest.
+GPU, and compiling twelve would take longer than they do, so `engine.speed` is safe. Writes
+bench/results/quantize_quality.json: the curves, the final losses, and each base's mean difference
+from bf16 of the same seed relative to bf16's loss, with its smallest and largest.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "quantize_quality.json")
     return parser.parse_args()
@@ -85,7 +86,7 @@ def trained(job: tuple[str, int, str, int]) -> dict[str, Any]:
                 },
                 "train": {"max_steps": steps, "batch_size": 16, "learning_rate": 2e-4},
                 "evaluation": {"every_steps": 50, "samples": 0},
-                "engine": {"device": device},
+                "engine": {"device": device, "speed": "safe"},
             }
         )
         result = tunesmith.train(run)

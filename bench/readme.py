@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from alignment_tables import in_readme
 from tunesmith.jobs.evidence import findings_from
 from tunesmith.report import words
 from tunesmith.report.findings import Findings, FoundRow
@@ -22,7 +23,8 @@ PERFORMANCE = HERE.parent / "docs" / "performance.md"
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    for name, content in (("demo", demo()), ("methods", methods()), ("measured", measured())):
+    slots = {"demo": demo(), "methods": methods(), "measured": measured(), "alignment": alignment()}
+    for name, content in slots.items():
         text = filled(text, name, content)
     README.write_text(text, encoding="utf-8")
     page = PERFORMANCE.read_text(encoding="utf-8")
@@ -38,12 +40,17 @@ def filled(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda _: block, text, flags=re.DOTALL)
 
 
+def alignment() -> str:
+    """Return what the demonstrations of alignment came to."""
+    return in_readme(result("alignment"))
+
+
 def measured_on_gpus() -> str:
-    """Return the tables that gpu_sft.py wrote, and the pictures that roofline.py drew."""
+    """Return the tables of gpu_sft.py and gpu_rollout.py, and the pictures of roofline.py."""
     lines = []
     for path in sorted((HERE / "results").glob("*.md")):
         heading, _, rest = path.read_text(encoding="utf-8").partition("\n")
-        if not heading.startswith("# Supervised fine-tuning on one "):
+        if not heading.startswith(("# Supervised fine-tuning on one ", "# Roll-outs on one ")):
             continue
         lines += [f"##{heading}", rest.rstrip(), ""]
         picture = PERFORMANCE.with_name(f"roofline-{path.stem}.svg")
@@ -114,7 +121,7 @@ def methods() -> str:
     best = findings.trained[0]
     where = (
         f"`tunesmith compare examples/{findings.name}.yaml` on {device_of(findings)}: "
-        f"{findings.facts['model']}, {len(best.values)} seeds of {best.steps} steps; the file is "
+        f"{findings.facts['model']}, {seeds(best)} of {best.steps} steps; the file is "
         f"`bench/results/{findings.name}.json`."
     )
     return "\n".join([*lines, "", where])
@@ -160,13 +167,18 @@ def compared(content: dict[str, Any]) -> tuple[str, str, str]:
     low, high = (quality(findings, end) for end in (best.low, best.high))
     return (
         f"`examples/{findings.name}.yaml`: {len(findings.trained)} rows on "
-        f"{findings.facts['model']}, {len(best.values)} seeds of {best.steps} steps on "
+        f"{findings.facts['model']}, {seeds(best)} of {best.steps} steps on "
         f"{device_of(findings)}",
         f"{words.metric_name(findings.metric)} {before}`{best.name}` "
         f"{quality(findings, best.quality)} (95 % interval {low} to {high}); not told from it: "
         f"{others}",
         "`tunesmith compare`",
     )
+
+
+def seeds(row: FoundRow) -> str:
+    """Return how many seeds a row is the mean of."""
+    return f"{len(row.values)} seed{'s' * (len(row.values) != 1)}"
 
 
 def machine(summary: dict[str, Any]) -> str:

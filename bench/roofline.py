@@ -137,7 +137,8 @@ def picture(device: str) -> Path:
     for kind, style in (("bf16", "--"), ("fp8", ":")):
         if kind in ceiling:
             axes.axvline(ceiling[kind] / 1e12, color="#333333", linestyle=style)
-            axes.annotate(f" {kind} products", (ceiling[kind] / 1e12, len(bars) - 0.5), va="top")
+            place = (ceiling[kind] / 1e12, len(bars) - 0.5)
+            axes.annotate(f"{kind} products ", place, va="top", ha="right")
     axes.invert_yaxis()
     axes.set_xlabel(f"TFLOP/s, {ceiling['device_name']}")
     path = DOCS / f"roofline-{device}.svg"
@@ -153,8 +154,9 @@ def rates(device: str) -> list[tuple[str, float]]:
         if not known or device_slug(line["device_name"]) != device or line["data"] != "full":
             continue
         length = int(line["tokens"].split("x")[1])
-        need = flop_per_token(line["shape"], length, trains_all=line["method"] == "full")
-        how = (line["quantize"], line["checkpointing"], line["dtype"])
+        need = flop_per_token(line["shape"], length, trains_all=line["method"].startswith("full"))
+        products = "float8 products" if line.get("products") == "float8" else "none"
+        how = (line["quantize"], products, line["checkpointing"], line["dtype"])
         said = ", ".join(part for part in how if part not in {"none", "auto"})
         name = f"{line['row']} ({said})" if said else line["row"]
         newest[name] = need * line["tokens_per_second"]

@@ -139,6 +139,23 @@ def plain_task(*, dropout: float = 0.0, most: int | None = None, seed: int = 1) 
     )
 
 
+class Weighed(NextNumber):
+    """Weighs the loss by what it is told of the whole effective batch, or sees in its own."""
+
+    def forward(self, batch: Batch) -> LossTerms:
+        terms = super().forward(batch)
+        nats = terms.total.detach()
+        share = batch.get("share", nats / terms.count)
+        return LossTerms(terms.total * (1 + share), terms.count, {"nats": nats})
+
+
+def weighed_task(*, most: int | None = None, seed: int = 1) -> Task[list[int]]:
+    task = plain_task(seed=seed)
+    task.module = Weighed(task.model, most)
+    task.common = lambda means: {"share": torch.tensor(means["nats"])}
+    return task
+
+
 def weights(task: Task[Any]) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in task.model.named_parameters()}
 

@@ -38,7 +38,8 @@ For judged replies each sequence (row or segment) is a prompt with one reply, an
   scores: (replies,) float32, of a single reply each;
   step_sequences, step_positions: (steps,) int64, the sequence of each step's last token and its
     place there; step_labels: (steps,) float32;
-  reference: (sequences,) float32, log p of each reply under the frozen model.
+  reference: (sequences,) float32, log p of each reply under the frozen model;
+  z0: () float32, KTO's reference point, where more replies than the batch's speak for it.
 """
 
 PAIR_KEYS: Final = frozenset(
@@ -55,6 +56,7 @@ PAIR_KEYS: Final = frozenset(
         "step_positions",
         "step_labels",
         "reference",
+        "z0",
         "teacher",
     }
 )

@@ -113,6 +113,22 @@ def test_equal_replies_ties_and_long_prompts_are_dropped_and_counted(tmp_path: P
         rows_of(tmp_path, good[:4] + bad, max_length=64)
 
 
+def test_too_many_equal_replies_stop_the_run(tmp_path: Path) -> None:
+    same = {"prompt": "x", "chosen": "same", "rejected": "same"}
+    rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(8)]
+    assert rows_of(tmp_path, [*rows, same, same]).train_report.kept == 8  # a fifth is allowed
+    with pytest.raises(DataError, match=r"3 of 11 rows would be lost \(3 equal replies\)"):
+        rows_of(tmp_path, [*rows, same, same, same])
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_empty_replies_are_dropped_and_counted(tmp_path: Path, side: str) -> None:
+    rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(5)]
+    report = rows_of(tmp_path, [*rows, rows[0] | {side: ""}]).train_report
+    assert report.kept == 5
+    assert dict(report.sources[0].reasons) == {"empty reply": 1}
+
+
 def test_steps_end_at_the_last_token_of_each_step(tmp_path: Path) -> None:
     row = {"prompt": "ask", "completions": ["2+2=4", "so 5"], "labels": [True, False]}
     (row,) = rows_of(tmp_path, [row], "steps").train.take(1)

@@ -35,6 +35,12 @@ def test_arithmetic_has_right_answers_and_the_digits_asked_for() -> None:
         assert Number().score(Scored("", row["completion"], row)) == 1.0
 
 
+def test_arithmetic_keeps_to_the_largest_number_asked_for() -> None:
+    made = rows("generated/arithmetic:largest=12,operations=add,rows=40")
+    numbers = [int(n) for row in made for n in row["prompt"].split("?")[0].split() if n.isdigit()]
+    assert max(numbers) == 12
+
+
 def test_operations_are_chosen() -> None:
     made = rows("generated/arithmetic:operations=add+subtract,rows=50")
     assert {row["prompt"].split()[3] for row in made} == {"+", "-"}

@@ -28,6 +28,7 @@ from tunesmith.engine.settings import EngineSettings
 from tunesmith.methods import LoRA
 from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.attention import enable_segments
+from tunesmith.ops.loss_by_logits import is_plain
 
 CPU = torch.device("cpu")
 LENGTHS = [5, 9, 7, 12]
@@ -242,3 +243,11 @@ def test_compiled_code_is_kept_in_the_cache_unless_the_user_has_a_place_for_it(
     monkeypatch.setenv(variable, "/elsewhere")
     with compiled.compiling():
         assert os.environ[variable] == "/elsewhere"
+
+
+def test_safe_leaves_the_compiler_out_of_the_loss_too() -> None:
+    network = Network(0.0)
+    for speed in ("safe", "auto", "compiled"):
+        with training(network, list(network.blocks), speed=speed):
+            assert is_plain() == (speed == "safe")
+        assert not is_plain()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plain_task import events_of, number_rows, plain_task, train, weights
+from plain_task import events_of, number_rows, plain_task, train, weighed_task, weights
 from tunesmith.engine.checkpoint import load_snapshot
 from tunesmith.engine.distribution import Peers
 from tunesmith.engine.evaluation import mean_loss
@@ -144,6 +144,17 @@ def test_memory_that_one_process_lacks_makes_both_take_smaller_batches(
     torch.testing.assert_close(final(two / "memory"), weights(task), rtol=1e-4, atol=1e-5)
     halved = events_of(two / "memory", "micro_batch_halved")
     assert [(event["micro_batch"], event["accumulation_steps"]) for event in halved] == [(2, 2)]
+
+
+@BOTH
+def test_two_processes_are_told_of_the_same_effective_batch(
+    distribution: str, two: Path, tmp_path: Path
+) -> None:
+    task, told = weighed_task(), two / f"told-{distribution}"
+    train(task, tmp_path, batch_size=8)
+    torch.testing.assert_close(final(told), weights(task), rtol=1e-4, atol=1e-5)
+    halved = events_of(told, "micro_batch_halved")
+    assert len(halved) == (1 if distribution == "ddp" else 0)
 
 
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(two: Path) -> None:

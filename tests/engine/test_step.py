@@ -1,5 +1,6 @@
 """One optimiser step: the right gradient, however it is cut, and what happens if it fails."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plain_task import NextNumber, collate, events_of, number_rows, plain_task, train, weights
+from plain_task import (
+    NextNumber,
+    collate,
+    events_of,
+    number_rows,
+    plain_task,
+    train,
+    weighed_task,
+    weights,
+)
 from tunesmith.engine.events import Event, MicroBatchHalved
 from tunesmith.engine.listeners import JsonlWriter
 from tunesmith.engine.task import Task
@@ -102,6 +112,28 @@ def test_reported_loss_and_metrics_are_means_over_the_effective_batch(tmp_path: 
     )
     assert event["supervised_tokens"] == sum(len(row) - 1 for row in rows)
     assert event["tokens"] == sum(map(len, rows))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [
+        ({"batch_size": 8}, None),
+        ({"batch_size": 2, "accumulation_steps": 4}, None),
+        ({"batch_size": 4, "accumulation_steps": 2}, 2),
+    ],
+    ids=["one", "four", "halved"],
+)
+def test_micro_batches_are_told_of_the_whole_effective_batch(
+    sizes: dict[str, int], most: int | None, tmp_path: Path
+) -> None:
+    task = weighed_task(most=most)
+    seen = gradients_seen(task)
+    train(task, tmp_path, max_steps=1, max_grad_norm=None, **sizes)
+    plain = weighed_task()
+    terms = plain.module(collate(plain.rows.take(8)))
+    (terms.total / terms.count).backward()
+    expected = {name: p.grad for name, p in plain.model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(seen[0], expected)
 
 
 class Spoiled(NextNumber):
@@ -208,3 +240,56 @@ def test_rows_are_taken_in_order_without_gaps(tmp_path: Path) -> None:
     train(task, tmp_path, max_steps=3, accumulation_steps=2)
     assert seen == plain_task().rows.take(12)
     assert sorted(seen[:11]) == sorted(number_rows())
+
+
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let steps run ahead of what is read of them here as on a GPU."""
+    monkeypatch.setattr("tunesmith.engine.step.AHEAD", frozenset({"cpu"}))
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_steps_that_run_ahead_are_the_same_steps(
+    max_grad_norm: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name in ("waiting", "ahead"):
+        task = plain_task()
+        listen = JsonlWriter(tmp_path / f"{name}.jsonl")
+        if name == "ahead":
+            ahead(monkeypatch)
+        settings: dict[str, Any] = {"max_grad_norm": max_grad_norm, "save_every": 3}
+        train(task, tmp_path / name, max_steps=7, evaluate_every=2, listen=listen, **settings)
+        kept = ("event", "step", "loss", "grad_norm", "tokens", "epoch", "learning_rate", "metrics")
+        lines = [json.loads(line) for line in listen.path.read_text("utf-8").splitlines()]
+        told = [{k: line.get(k) for k in kept} for line in lines]
+        found.append((weights(task), [line | (line.pop("metrics") or {}) for line in told]))
+    (waiting, said), (early, also) = found
+    torch.testing.assert_close(early, waiting)
+    for one, other in zip(said, also, strict=True):
+        assert other == pytest.approx(one)
+
+
+def test_a_step_that_is_not_finite_is_left_out_before_anyone_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead(monkeypatch)
+    task = plain_task()
+    task.module = Spoiled(task.model, {1, 2}, float("nan"))
+    before = weights(task)
+    outcome = train(task, tmp_path / "two", max_steps=2)
+    torch.testing.assert_close(weights(task), before, rtol=0, atol=0)
+    assert outcome.skipped_steps == 2
+    task.module = Spoiled(task.model, set(range(1, 9)), float("inf"))
+    with pytest.raises(TrainingError, match="at step 3, the 3rd step in a row"):
+        train(task, tmp_path / "all", max_steps=8)
+    torch.testing.assert_close(weights(task), before, rtol=0, atol=0)
+
+
+def test_a_method_that_acts_after_a_step_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead(monkeypatch)
+    task = plain_task()
+    seen = gradients_seen(task)
+    train(task, tmp_path, max_steps=2, max_grad_norm=None)
+    torch.testing.assert_close(seen[0], plain_gradient(plain_task().rows.take(2)))

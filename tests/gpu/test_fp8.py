@@ -13,7 +13,8 @@ from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.loading import load_model
 from tunesmith.models.quantize import bytes_in_memory, dequantise, is_quantised, require_quantiser
 from tunesmith.models.settings import ModelSettings
-from tunesmith.ops.fp8_linear import CAPABILITY, E4M3, fp8_linear, quantise_rows
+from tunesmith.ops.fp8_linear import CAPABILITY, fp8_linear, quantise_rows
+from tunesmith.ops.turned_codes import E4M3
 
 NO_GPU = not torch.cuda.is_available()
 OLD = NO_GPU or torch.cuda.get_device_capability() < CAPABILITY

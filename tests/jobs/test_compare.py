@@ -164,7 +164,7 @@ def test_prompting_is_a_row_beside_training(comparison_file: Path, tmp_path: Pat
 
 def test_a_budget_that_is_too_small_says_what_would_be_needed(comparison_file: Path) -> None:
     comparison = load_comparison(comparison_file, ["budget=1s", "methods=[lora]"])
-    with pytest.raises(SpecError, match=r"budget: 1 s leaves lora .* need"):
+    with pytest.raises(SpecError, match=r"budget: 1 s leaves lora, .* 10 need about"):
         compare(comparison, comparison_file, lambda line: None)
 
 
@@ -272,8 +272,25 @@ def test_a_run_of_an_earlier_version_still_counts(comparison_file: Path) -> None
         del asked["evaluation"]["inference"], asked["engine"]["padding"]  # as if they were new
         trial.asked.write_text(yaml.safe_dump(asked))
         assert trial.finished()
+        asked["engine"] |= {"checkpointing": "none", "speed": "safe"}  # what auto may choose
+        trial.asked.write_text(yaml.safe_dump(asked))
+        assert trial.finished()
         asked["seed"] = 5
         trial.asked.write_text(yaml.safe_dump(asked))
         assert not trial.finished()
         trial.asked.write_text("no longer: understood")
         assert not trial.finished()
+
+
+def test_a_run_with_another_way_to_compute_its_steps_than_asked_for_does_not_count(
+    comparison_file: Path,
+) -> None:
+    comparison = load_comparison(comparison_file, ["run.engine.checkpointing=full"])
+    run = comparison.run_of(comparison.rows()[0], comparison_file)
+    trial = Trial("lora", run, keep=False)
+    trial.directory.path.mkdir(parents=True, exist_ok=True)
+    trial.directory.summary.write_text("{}")
+    trial.asked.write_text(trial.to_yaml().replace("checkpointing: full", "checkpointing: none"))
+    assert not trial.finished()  # its memory and times would not be those that were asked for
+    trial.asked.write_text(trial.to_yaml())
+    assert trial.finished()

@@ -36,6 +36,26 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path, tiny_model: Path) -
     assert result.tuned.adapters == ["default"]
 
 
+def test_a_reward_of_weight_zero_is_watched_and_teaches_nothing(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    watched = {"kind": "length", "free": 0, "limit": 4, "unit": "characters", "weight": 0}
+    taught = {}
+    for name, further in (("alone", []), ("watched", [watched])):
+        (tmp_path / name).mkdir()
+        run = run_of(tmp_path / name, tiny_model)
+        own = run.model_dump()["objective"]["rewards"]
+        run = run_of(tmp_path / name, tiny_model, objective={"rewards": [*own, *further]})
+        taught[name] = tunesmith.train(run).directory
+    one, other = (adapter(directory.path) for directory in taught.values())
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    told = events(taught["watched"].path, "gathered")[0]
+    assert told["rewards"]["odd"] == pytest.approx(told["reward"])
+    assert told["rewards"]["length"] < 0
+    outcomes = json.loads(taught["watched"].outcomes.read_text())
+    assert len(outcomes["reward_length"]) == len(outcomes["reward"])
+
+
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_a_run_resumes_bit_for_bit_within_a_roll_out(
     tmp_path: Path, tiny_model: Path, step: int
@@ -59,7 +79,25 @@ def test_a_run_resumes_bit_for_bit_within_a_roll_out(
     ]
 
 
+def test_a_run_is_evaluated_again_on_its_own_and_on_other_prompts(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    result = tunesmith.train(run_of(tmp_path, tiny_model))
+    path = result.directory.path
+    summary = json.loads(result.directory.summary.read_text())
+    found = tunesmith.evaluate(path)
+    assert found["tuned"] == summary["after"]
+    assert found["base"]["kl"] == 0.0
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "Say b", "bonus": 100.0}))
+    assert tunesmith.evaluate(path, data=str(other), base=False)["tuned"]["reward"] > 99
+
+
 BAD = {
+    "hangs": (
+        "import time\ndef f(prompts, replies, **columns):\n    time.sleep(60)\n",
+        "longer than 2 s",
+    ),
     "raises": ("def f(prompts, replies, **columns):\n    raise KeyError('gone')\n", "gone"),
     "nan": (
         "def f(prompts, replies, **columns):\n    return [float('nan')] * len(replies)\n",
@@ -80,6 +118,7 @@ def test_a_reward_that_fails_stops_the_run_or_counts_as_told(
         "path": str(tmp_path / "bad.py"),
         "function": "f",
         "on_error": on_error,
+        "timeout": 2.0,
     }
     run = run_of(tmp_path, tiny_model, objective={"rewards": [reward]}, train={"max_steps": 1})
     if on_error == "stop":

@@ -9,7 +9,7 @@ import torch
 import tunesmith
 from pairs import pair_rows, run_of, write_rows
 from tiny import CHATML, tiny_llama, tiny_tokenizer
-from tunesmith import DataSettings, LoRA, ModelSettings, Source
+from tunesmith import DataSettings, LoRA, ModelSettings, Source, TrainSettings
 from tunesmith.errors import AdapterError, SpecError
 from tunesmith.jobs.base import base_name, load_base
 from tunesmith.jobs.predict import predict, predict_file
@@ -150,6 +150,36 @@ def test_cached_and_live_references_train_the_same_weights(
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[2][name], atol=1e-4, rtol=1e-3)
+
+
+def test_kto_learns_the_same_however_a_batch_is_split(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    # Only good rows, so that all replies become likelier and z0 is soon above 0.
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": True}
+        for row in pair_rows(24)
+    ]
+    file = write_rows(tmp_path / "labelled.jsonl", rows)
+    data = DataSettings(train=[Source(path=str(file))], max_length=128)
+    found = []
+    for batch_size in (4, 1):
+        train = TrainSettings(
+            max_steps=3,
+            batch_size=batch_size,
+            accumulation_steps=4 // batch_size,
+            learning_rate=2e-2,
+        )
+        changes = {"name": f"of-{batch_size}", "train": train, "data": data}
+        run = run_of(tmp_path, tiny_model, Preference(loss="kto"), **changes)
+        result = tunesmith.train(run)
+        lines = (result.directory.path / "metrics.jsonl").read_text().splitlines()
+        steps = [event for event in map(json.loads, lines) if event["event"] == "step_done"]
+        found.append([(step["loss"], step["metrics"]["kl"]) for step in steps])
+    assert any(kl > 0 for _, kl in found[0])  # else every split would have the same z0
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 def test_an_adapter_that_is_not_there_is_named(tmp_path: Path, tiny_model: Path) -> None:

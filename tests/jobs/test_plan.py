@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from families import FAMILIES
 from tiny import tiny_llama
@@ -11,13 +13,16 @@ from tunesmith.cli.plan_tables import plan_table
 from tunesmith.engine.settings import EngineSettings
 from tunesmith.errors import SpecError
 from tunesmith.jobs.plan import plan
+from tunesmith.jobs.probe import ready
 from tunesmith.jobs.remedies import remedies
 from tunesmith.measure.memory_plan import STRATEGIES, MemoryPlan, bytes_of, counts_of, shared_out
-from tunesmith.methods import Full, LoRA, PrefixTuning
+from tunesmith.methods import Compacter, Full, LoRA, PrefixTuning, VeRA
 from tunesmith.methods.contract import Method
-from tunesmith.objectives import SFT
+from tunesmith.objectives import SFT, Distillation, Preference, Reward
+from tunesmith.spec import validate
 
 GIB = 2**30
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run_of(model: Path, method: Method, **engine: object) -> Run:
@@ -203,3 +208,73 @@ def test_a_mixture_of_experts_in_float32_is_planned(tmp_path: Path) -> None:
 def test_a_device_that_nothing_is_planned_for_is_refused(tiny_model: Path) -> None:
     with pytest.raises(SpecError, match="use cuda or cpu"):
         plan(run_of(tiny_model, LoRA()), device="tpu")
+
+
+@pytest.mark.parametrize("method", [VeRA(rank=8), Compacter()])
+def test_what_all_blocks_share_is_no_constant_of_a_compiled_block(
+    method: Method, tmp_path: Path
+) -> None:
+    tiny_llama(num_hidden_layers=3).config.save_pretrained(tmp_path)
+    compiled, plain = (
+        plan(run_of(tmp_path, method, speed=speed, checkpointing="none"), device="cuda").alone
+        for speed in ("compiled", "safe")
+    )
+    assert (compiled.frozen, compiled.trained) == (plain.frozen, plain.trained)
+    # As it is written each block keeps what pointwise operations between its products make.
+    assert compiled.activations < plain.activations
+
+
+def example(name: str, model: Path) -> Run:
+    """The objective of an example on a tiny model."""
+    objective = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text("utf-8"))["objective"]
+    settings = {
+        "model": {"name": str(model), "dtype": "float32"},
+        "method": {"name": "lora"},
+        "objective": objective,
+        "data": {"train": [{"path": "nowhere.jsonl"}], "max_length": 64},
+        "train": {"batch_size": 4},
+    }
+    return validate(settings, source=name, lines={})
+
+
+@pytest.mark.parametrize(
+    "name", ["dpo-polite", "kto-polite", "simpo-polite", "reward-harmless", "movie-classifier"]
+)
+def test_the_objectives_of_the_examples_are_planned(name: str, tiny_model: Path) -> None:
+    run = example(name, tiny_model)
+    planned = plan(run, device="cuda").alone
+    rows = run.train.model_copy(update={"batch_size": 8})
+    twice = plan(run.model_copy(update={"train": rows}), device="cuda").alone
+    assert planned.activations > 0
+    assert twice.activations == pytest.approx(2 * planned.activations, rel=0.05)
+
+
+def test_what_is_not_planned_is_refused_by_its_name(tiny_model: Path) -> None:
+    with pytest.raises(SpecError, match=r"objective.name: grpo"):
+        plan(example("grpo-arithmetic", tiny_model), device="cuda")
+    teacher = Distillation(teacher=ModelSettings(name=str(tiny_model)))
+    run = run_of(tiny_model, LoRA()).model_copy(update={"objective": teacher})
+    with pytest.raises(SpecError, match=r"objective.name: distillation"):
+        plan(run, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Preference(), Preference(loss="kto"), *(Reward(kind=k) for k in ("pairs", "scores", "steps"))],
+    ids=["dpo", "kto", "pairs", "scores", "steps"],
+)
+def test_judged_replies_leave_what_a_real_step_leaves(
+    objective: Preference | Reward, tmp_path: Path
+) -> None:
+    tiny_llama(hidden_size=64, intermediate_size=128).config.save_pretrained(tmp_path)
+    run = run_of(tmp_path, LoRA(), device="cpu").model_copy(update={"objective": objective})
+    with ready(run, torch.device("cpu"), real_weights=False) as stage:
+        left, _ = stage.measured(8, 64)
+    # As with SFT, where attention goes over segments on the CPU: one more state a block is kept.
+    assert plan(run, device="cpu").alone.activations == pytest.approx(left, rel=0.07)
+
+
+@pytest.mark.parametrize("kind", ["single", "multi", "regression"])
+def test_classifiers_of_every_kind_are_planned(kind: str, tiny_model: Path) -> None:
+    run = run_of(tiny_model, LoRA()).model_copy(update={"objective": Classification(kind=kind)})
+    assert plan(run, device="cuda").alone.activations > 0

@@ -11,7 +11,7 @@ import tunesmith
 from reply_runs import StopError, adapter, events, kill_after, run_of
 from tiny import tiny_llama
 from tunesmith import LoRA, attach
-from tunesmith.errors import SpecError
+from tunesmith.errors import RewardError, SpecError
 from tunesmith.jobs.roles import with_roles
 
 PLAIN = {"checkpointing": "none"}
@@ -70,6 +70,45 @@ def test_a_run_resumes_bit_for_bit_within_a_roll_out(
     for name, tensor in adapter(one).items():
         assert torch.equal(tensor, adapter(other)[name])
     for kind, key in (("gathered", "reward"), ("gathered", "measured"), ("step_done", "loss")):
+        assert [e[key] for e in events(one, kind)] == [e[key] for e in events(other, kind)]
+
+
+BROKEN = """
+from pathlib import Path
+
+def odd(prompts, replies, bonus, **columns):
+    events = Path(METRICS)
+    if events.exists() and '"gathered"' in events.read_text():
+        raise KeyError("gone")
+    return [sum(ord(c) % 2 for c in r) / 6 + b for r, b in zip(replies, bonus)]
+"""
+"""Cannot score the second roll-out."""
+
+
+def test_a_run_that_fell_in_the_middle_of_a_roll_out_resumes_bit_for_bit(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "checkpoint": {"every_steps": 1},
+        "train": {"max_steps": 8},
+        "evaluation": {"every_steps": 100},
+    }
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = tunesmith.train(ppo(tmp_path / "whole", tiny_model, **dict(changes)))
+    run = ppo(tmp_path / "cut", tiny_model, **dict(changes))
+    reward = tmp_path / "cut" / "reward.py"
+    works, metrics = reward.read_text(), tmp_path / "cut" / "runs" / "job" / "metrics.jsonl"
+    reward.write_text(BROKEN.replace("METRICS", repr(str(metrics))))
+    with pytest.raises(RewardError, match="gone"):
+        tunesmith.train(run)
+    assert len(events(metrics.parent, "gathered")) == 1
+    reward.write_text(works)
+    cut = tunesmith.train(run, resume=True)
+    one, other = whole.directory.path, cut.directory.path
+    for name, tensor in adapter(one).items():
+        assert torch.equal(tensor, adapter(other)[name])
+    for kind, key in (("gathered", "reward"), ("gathered", "samples"), ("step_done", "loss")):
         assert [e[key] for e in events(one, kind)] == [e[key] for e in events(other, kind)]
 
 

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tunesmith.engine.blocks import training_blocks
+from tunesmith.engine.settings import EngineSettings
+from tunesmith.measure.simulated_graph import Graphs, SimulatedGraph
 from tunesmith.measure.simulated_memory import ROUNDING as ROUNDINGS
 from tunesmith.measure.simulated_memory import StepMemory, simulate_step
 from tunesmith.methods import Full, LoRA
@@ -103,3 +106,28 @@ def test_twice_the_rows_keep_twice_as_much() -> None:
 
     step = simulate_step(model, double, lambda inputs: SFT().loss(model, inputs).total)
     assert 1.98 < step.activations / simulated(LoRA()).activations < 2.02
+
+
+def test_a_block_as_graphs_keeps_less_than_as_it_is_written() -> None:
+    plain, compiled = (compiled_step(graphs=graphs) for graphs in (False, True))
+    assert compiled.parameters == plain.parameters
+    assert compiled.activations < plain.activations
+
+
+def compiled_step(*, graphs: bool) -> StepMemory:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    attach(model, LoRA())
+    model.train()
+    known: Graphs = {}
+    engine = EngineSettings(speed="compiled" if graphs else "safe", checkpointing="none")
+    with training_blocks(
+        model,
+        list(model.model.layers),
+        engine,
+        device=torch.device("cpu"),
+        stand_in=lambda block: SimulatedGraph(block, known),
+    ):
+        step = simulate_step(model, batch, lambda inputs: SFT().loss(model, inputs).total)
+    assert all(known.values())
+    return step

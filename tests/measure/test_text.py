@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
 from tunesmith.errors import DataError, SetupError
-from tunesmith.measure.text import bleu, exact_match, normalised, rouge_l
+from tunesmith.measure.text import (
+    bleu,
+    bleu_counts,
+    bleu_of_counts,
+    exact_match,
+    normalised,
+    rouge_l,
+)
 
 REPLIES = ["the cat sat on the mat today", "there is a dog in the old garden"]
 REFERENCES = [
@@ -30,6 +37,35 @@ def test_bleu_is_that_of_sacrebleu_with_references_of_unequal_number() -> None:
 def test_bleu_of_a_perfect_chinese_reply_is_100_and_of_a_near_one_above_0() -> None:
     assert bleu([CHINESE], [[CHINESE]]) == pytest.approx(100)
     assert 0 < bleu([CHINESE * 2], [[CHINESE + CHINESE_BUT_ONE]]) < 100
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(["a", "b", "cat.", "1,000", "d-e"]), max_size=8),
+            st.lists(
+                st.lists(st.sampled_from(["a", "b", "cat.", "1,000", "d-e"]), min_size=1),
+                min_size=1,
+            ),
+        ),
+        min_size=2,
+        max_size=5,
+    ),
+    st.lists(st.integers(0, 1), min_size=1, max_size=6),
+)
+def test_counts_of_chosen_replies_give_sacrebleus_score_of_exactly_those(
+    rows: list[tuple[list[str], list[list[str]]]], chosen: list[int]
+) -> None:
+    replies = [" ".join(reply) for reply, _ in rows]
+    references = [[" ".join(text) for text in texts] for _, texts in rows]
+    most = max(len(references[i]) for i in chosen)
+    streams = [
+        [references[i][n] if n < len(references[i]) else None for i in chosen] for n in range(most)
+    ]
+    expected = sacrebleu.BLEU().corpus_score([replies[i] for i in chosen], streams).score
+    counts = bleu_counts(replies, references)
+    assert counts.shape == (len(rows), 10)
+    assert bleu_of_counts(counts[chosen]) == pytest.approx(expected, rel=1e-12)
 
 
 def test_rouge_l_of_english_is_that_of_rouge_score_with_the_best_reference() -> None:

@@ -14,6 +14,7 @@ from tunesmith.errors import MethodError, TunesmithError
 from tunesmith.methods import LoRA
 from tunesmith.methods.low_rank import LowRank, Place
 from tunesmith.methods.tuned import TunedModel, attach
+from tunesmith.models.modes import prepared
 
 Trained = Callable[[TunedModel], TunedModel]
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -334,3 +335,21 @@ def test_the_bias_of_a_head_is_never_left_without_gradient_in_silence() -> None:
     )
     with pytest.raises(MethodError, match=r"method.bias: lm_head has a bias, .*; use none"):
         attach(PhiForCausalLM(config), LoRA(rank=2, bias="all"))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_pair_that_is_prepared_gives_the_same_until_it_is_forgotten(rslora: bool) -> None:
+    model = tiny_llama()
+    tuned = attach(model, LoRA(rank=4, alpha=3.0, rslora=rslora))
+    for parameter in tuned.trainable().values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with prepared(model):
+            torch.testing.assert_close(model(ids).logits, expected)
+        for parameter in tuned.trainable().values():
+            parameter.mul_(2)
+        assert not torch.allclose(model(ids).logits, expected)
+    model(ids).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in tuned.trainable().values())

@@ -221,3 +221,16 @@ def test_a_partly_float32_model_generates_without_autocast() -> None:
     with tuned.disabled():
         assert torch.equal(model(ids).logits, base)
     assert torch.equal(tuned.detach()(ids).logits, base)
+
+
+def test_full_can_train_weights_in_the_dtype_of_the_model() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tuned = attach(model, Full(weights="model"))
+    assert {p.dtype for p in tuned.trainable().values()} == {torch.bfloat16}
+    with torch.no_grad():
+        for parameter in tuned.trainable().values():
+            parameter.add_(1)
+    with tuned.disabled():
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(p, before[name] + 1) for name, p in model.named_parameters())

@@ -10,6 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from tiny import tiny_llama
+from tunesmith.engine.compiled import compiling
 from tunesmith.methods import LoRA
 from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.quantize import quantise
@@ -122,3 +123,17 @@ def test_no_unpacked_or_turned_weight_is_kept_for_the_backward(kind: str, produc
         sizes = [node.meta["val"].numel() for node in kept]
         assert sizes
         assert max(sizes) <= LARGEST_ACTIVATION < WEIGHT
+
+
+@codes
+def test_selective_recomputation_keeps_the_products(kind: str, products: str) -> None:
+    graphs: dict[str, list[fx.Graph]] = {}
+    tuned = tuned_of(kind, products)
+    with compiling(recomputes_pointwise=True):
+        compiled(tuned, recording(graphs))
+        gradients(tuned)
+    # Backward has the products of the input's gradient, of which the first block needs no first.
+    targets = ("scaled_product", "nf4_values", "nf4_float8")
+    for graph in graphs["backward"]:
+        done = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        assert max(sum(target in name for name in done) for target in targets) <= 7

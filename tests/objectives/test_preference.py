@@ -129,6 +129,32 @@ def test_accumulation_changes_neither_loss_nor_gradient(loss: str) -> None:
     assert whole[1].abs().max() > 0
 
 
+def test_kto_is_the_same_however_a_batch_is_split_once_its_parts_share_z0() -> None:
+    model, objective = tiny_llama(), Preference(loss="kto", beta=0.5)
+    shift = torch.tensor([0.5, -3.0, -0.5, 1.0])
+    batches = [padded(LABELS), padded(LABELS[:1]), padded(LABELS[1:])]
+    for batch, moved in zip(batches, (shift, shift[:2], shift[2:]), strict=True):
+        batch["reference"] = objective.log_probs(model, batch).detach() + moved
+    whole, *parts = batches
+    apart = sum(objective.loss(model, part).total for part in parts)
+    expected = objective.loss(model, whole)
+    assert not torch.isclose(apart, expected.total, atol=1e-3)
+
+    tell = objective.common()
+    assert tell is not None
+    seen = [objective.loss(model, part).metrics["mismatched_log_ratio"].item() for part in parts]
+    common = tell({"mismatched_log_ratio": sum(seen) / len(LABELS)})
+    assert common["z0"].item() == pytest.approx(1.0, abs=1e-5)
+    told = [objective.loss(model, part | common) for part in parts]
+    torch.testing.assert_close(sum(terms.total for terms in told), expected.total)
+    for name, value in expected.metrics.items():
+        torch.testing.assert_close(sum(terms.metrics[name] for terms in told), value)
+
+
+def test_losses_of_pairs_need_to_know_of_no_other_batch() -> None:
+    assert Preference().common() is None
+
+
 @pytest.mark.parametrize("good", [True, False])
 def test_kto_trains_on_only_good_or_only_bad_rows(good: bool) -> None:
     model, objective = tiny_llama(), Preference(loss="kto", desirable_weight=2.0)

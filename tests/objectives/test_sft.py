@@ -1,5 +1,7 @@
 """The SFT loss against transformers' own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -18,6 +20,7 @@ from tiny import VOCAB, tiny_gpt2, tiny_llama
 from tunesmith.errors import ModelError
 from tunesmith.models.output_head import check_output_head, output_head
 from tunesmith.objectives import SFT
+from tunesmith.ops import linear_cross_entropy
 from tunesmith.types import IGNORE, Batch
 
 LENGTHS = (9, 3, 6)
@@ -113,6 +116,37 @@ def test_the_first_token_of_a_segment_or_row_is_never_a_target() -> None:
 def test_count_is_that_of_the_loss() -> None:
     batch = padded("right")
     assert SFT().count(batch) == SFT().loss(tiny_llama(), batch).count
+
+
+@pytest.mark.parametrize("make", [tiny_llama, gemma2])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_by_sample_is_that_of_each_sample_alone(make: type, side: str) -> None:
+    model, batch = make(), padded(side)
+    terms, each = SFT().loss_by_sample(model, batch)
+    whole = SFT().loss(model, batch)
+    torch.testing.assert_close(terms.total, whole.total)
+    assert terms.count == whole.count
+    assert terms.metrics == whole.metrics
+    alone = [
+        SFT().loss(model, {key: values[i : i + 1] for key, values in batch.items()})
+        for i in range(len(LENGTHS))
+    ]
+    torch.testing.assert_close(each.nats, torch.stack([one.total for one in alone]))
+    assert each.tokens.tolist() == [one.count for one in alone]
+
+
+def test_measuring_samples_runs_the_head_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    heights = []
+    plain = linear_cross_entropy.F.linear
+
+    def noting(rows: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        heights.append(len(rows))
+        return plain(rows, *rest)
+
+    functional = SimpleNamespace(linear=noting)
+    monkeypatch.setattr(linear_cross_entropy, "F", functional)
+    terms, _ = SFT().loss_by_sample(tiny_llama(), padded("right"))
+    assert sum(heights) == terms.count
 
 
 def test_a_batch_without_supervised_tokens_costs_nothing() -> None:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tunesmith.ops.fp8_linear import E4M3, fp8_linear, quantise_rows
+from tunesmith.ops.fp8_linear import fp8_linear, quantise_rows
+from tunesmith.ops.turned_codes import E4M3
 
 SHAPES = [(5, 64, 48), (1, 16, 16), (7, 30, 9), (33, 48, 17), (2, 1, 1)]
 shapes = pytest.mark.parametrize(("rows", "width", "out"), SHAPES)

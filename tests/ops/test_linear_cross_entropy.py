@@ -12,6 +12,7 @@ from tunesmith.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_and_correct,
     token_log_probs,
+    token_log_probs_and_correct,
     token_log_probs_and_entropy,
 )
 from tunesmith.types import IGNORE
@@ -140,6 +141,13 @@ def test_correct_counts_supervised_positions_whose_label_has_the_largest_logit()
     ours = linear_cross_entropy_and_correct(hidden, weight, labels, bias=bias, chunk_size=3)
     assert ours.correct == (best == labels).sum()
     torch.testing.assert_close(ours.total, plain_loss(hidden, weight, bias, labels, None))
+    each = token_log_probs_and_correct(hidden, weight, labels, bias=bias, chunk_size=3)
+    assert each.correct == ours.correct
+    torch.testing.assert_close(-each.log_probs.sum(), ours.total)
+    leaves = (hidden, weight, bias)
+    torch.testing.assert_close(
+        torch.autograd.grad(-each.log_probs.sum(), leaves), torch.autograd.grad(ours.total, leaves)
+    )
 
 
 def test_a_tie_for_the_largest_logit_counts_once() -> None:

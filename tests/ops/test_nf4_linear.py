@@ -6,13 +6,8 @@ from torch import Tensor
 
 from tunesmith.models.quantize_linear import Nf4Linear
 from tunesmith.ops.fp8_linear import fp8_linear
-from tunesmith.ops.nf4_linear import (
-    nf4_as_float8,
-    nf4_linear,
-    nf4_weight,
-    scaled_levels,
-    unpacking,
-)
+from tunesmith.ops.nf4_linear import nf4_linear
+from tunesmith.ops.nf4_values import absmax_values, nf4_as_float8, nf4_weight, scaled_levels
 
 bnb = pytest.importorskip("bitsandbytes")
 double = pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
@@ -28,7 +23,7 @@ def made(out: int, width: int, *, double: bool, dtype: torch.dtype = torch.float
 def by_loop(module: Nf4Linear) -> Tensor:
     """The weight, code by code: a byte's upper half first, 64 to a scale, in float32."""
     weight = module.stored()
-    absmax, _ = unpacking(weight.absmax, list(weight.nested), module.absmax)
+    absmax = absmax_values(weight)
     levels = bnb.functional.get_4bit_type("nf4", device="cpu").tolist()
     places = [half for byte in weight.codes.flatten().tolist() for half in divmod(byte, 16)]
     count = module.out_features * module.in_features
@@ -51,9 +46,8 @@ def test_the_weight_is_level_times_absmax(out: int, width: int, double: bool) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_code_and_the_librarys_operator_agree(double: bool, dtype: torch.dtype) -> None:
     weight = made(48, 192, double=double).stored()
-    absmax, shifts = unpacking(weight.absmax, list(weight.nested), weight.absmax)
-    plain = scaled_levels(weight, absmax, shifts).to(dtype)
-    assert torch.equal(plain, nf4_weight(weight, dtype, before=absmax))
+    plain = scaled_levels(weight, absmax_values(weight)).to(dtype)
+    assert torch.equal(plain, nf4_weight(weight, dtype, before=weight.absmax))
 
 
 @double

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 
-from tunesmith.report.comparison import cells, columns, markdown, render
+from tunesmith.report.comparison import cells, columns, render
 from tunesmith.report.findings import Findings, FoundRow, front
 from tunesmith.report.recommendation import recommendation
 from tunesmith.report.scatter import spread
@@ -56,14 +56,35 @@ def test_a_comparison_of_failures_recommends_nothing() -> None:
 def test_every_row_of_the_table_has_every_column() -> None:
     for row in FINDINGS.rows:
         assert len(cells(FINDINGS, row)) == len(columns(FINDINGS)) - 1
-    assert markdown(FINDINGS).count("\n| ") == 1 + len(FINDINGS.rows)
+
+
+def test_a_column_of_nothing_is_left_out() -> None:
+    assert "s/step" in columns(FINDINGS)
+    untimed = [replace(row, seconds_per_step=None) for row in FINDINGS.rows]
+    assert "s/step" not in columns(replace(FINDINGS, rows=untimed))
+    assert "tokens/s" not in columns(FINDINGS)
+
+
+def test_of_one_seed_the_page_says_what_the_intervals_leave_out() -> None:
+    assert "paired bootstrap over evaluation rows." in render(FINDINGS)
+    assert any(said.startswith("Every row is of one seed") for said in recommendation(FINDINGS))
+    twice = [replace(row, values=[*row.values, 0.8]) for row in FINDINGS.rows]
+    findings = replace(FINDINGS, rows=twice)
+    assert "paired bootstrap over evaluation rows and seeds." in render(findings)
+    assert not any("one seed" in said for said in recommendation(findings))
+
+
+def test_a_row_that_forgets_nothing_has_its_place_in_the_picture() -> None:
+    still = replace(BEST, name="kept", general_after=3.0)
+    page = render(replace(FINDINGS, rows=[BEST, EQUAL, still]))
+    assert "On the front, by rising cost: kept." in page
 
 
 def test_the_page_shows_all_rows_and_draws_them_without_the_network() -> None:
     page = render(FINDINGS)
     for row in FINDINGS.rows:
         assert row.name in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
 
@@ -80,6 +101,9 @@ def test_names_in_a_picture_keep_apart_and_in_order() -> None:
 
 def test_ranks_say_nothing_where_nothing_was_learned() -> None:
     assert FINDINGS.learned()
-    assert not replace(FINDINGS, rows=[replace(UNTUNED, quality=0.95), BEST]).learned()
+    assert not any("Nothing beat" in said for said in recommendation(FINDINGS))
+    unlearned = replace(FINDINGS, rows=[replace(UNTUNED, quality=0.95), BEST])
+    assert not unlearned.learned()
+    assert recommendation(unlearned)[1].startswith("Nothing beat the untuned model")
     assert not replace(FINDINGS, higher_is_better=False).learned()
     assert not replace(FINDINGS, rows=[FAILED]).learned()

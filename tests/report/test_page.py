@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.engine.events import Evaluated, Event, MicroBatchHalved, StepDone, Warned, as_json
+from tunesmith.engine.events import (
+    Evaluated,
+    Event,
+    Gathered,
+    MicroBatchHalved,
+    StepDone,
+    Warned,
+    as_json,
+)
 from tunesmith.errors import CheckpointError, DataError
 from tunesmith.report.curves import draw, smoothed, thinned
 from tunesmith.report.page import write_report
@@ -320,3 +328,36 @@ def test_nested_facts_become_rows() -> None:
         ("ids", "1 2"),
         ("sources 1 / rows", "1,000"),
     ]
+
+
+def test_a_run_that_learns_from_its_replies_shows_its_roll_outs(tmp_path: Path) -> None:
+    gathered = [
+        Gathered(
+            step=step,
+            replies=8,
+            tokens=80,
+            reward=step / 10,
+            reward_std=0.1,
+            rewards={"length": step / 10},
+            length=10.0,
+            ended=0.5,
+            measured={"kl": step / 5, "kl_coefficient": 0.05},
+            tokens_per_second=100.0,
+            seconds=1.0,
+            samples=[
+                {"prompt": f"Ask <{step}>", "reply": "" if step == 5 else "Yes", "reward": 0.5}
+            ],
+        )
+        for step in (1, 5, 9)
+    ]
+    directory = write_run(tmp_path, leave_out=("metrics.jsonl",))
+    lines = [json.dumps(as_json(event)) for event in gathered]
+    (directory / "metrics.jsonl").write_text("\n".join(lines))
+    page = report(directory)
+    assert "Reward of the replies, each roll-out: 0.1 at step 1, 0.9 at step 9" in page
+    assert "KL to the reference (nats per reply), each roll-out: 0.2 at step 1" in page
+    assert "Tokens per reply, each roll-out: 10 at step 1" in page
+    assert "Ask &lt;1&gt;" in page
+    assert "Ask &lt;9&gt;" in page
+    assert "Ask &lt;5&gt;" not in page
+    assert "Variance of returns" not in page

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from tunesmith import LoRA, PromptTuning, attach
 from tunesmith.errors import DataError, ModelError
+from tunesmith.rollout import compiled
 from tunesmith.rollout.draw import Drawing, row_seeds, uniform
 from tunesmith.rollout.sample import Reply, Stops, sample
 
@@ -106,10 +108,11 @@ def test_greedy_replies_are_those_of_generate() -> None:
 def test_a_fixed_cache_gives_what_a_growing_one_does(make: type) -> None:
     model = make()
     attach(model, LoRA(rank=4))
-    long = [*PROMPTS, list(range(10, 130))]  # so that the visible part grows on the way
+    long = [*PROMPTS, list(range(10, 130)), PROMPTS[1]]  # beyond 128 columns, and one prompt twice
     growing = replies(model, long, decoding="growing", max_new_tokens=20)
     fixed = replies(model, long, decoding="fixed", max_new_tokens=20)
     assert [r.tokens for r in fixed] == [r.tokens for r in growing]
+    assert fixed[1].tokens != fixed[5].tokens
     for one, other in zip(fixed, growing, strict=True):
         torch.testing.assert_close(
             torch.tensor(one.log_probs), torch.tensor(other.log_probs), atol=1e-4, rtol=0
@@ -155,3 +158,31 @@ def test_sampling_leaves_mode_and_generators_alone() -> None:
 def test_a_prompt_without_room_is_refused() -> None:
     with pytest.raises(DataError, match="prompt 1"):
         replies(tiny_llama(), [[4], [5] * 256])
+
+
+def test_a_compiled_step_is_one_graph_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "eager")  # the capture is what differs
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_llama(num_hidden_layers=3)
+    attach(model, LoRA(rank=4))
+    found = replies(model, PROMPTS, decoding="fixed", compiled=True, max_new_tokens=4)
+    assert [r.tokens for r in found] == [
+        r.tokens for r in replies(model, PROMPTS, max_new_tokens=4)
+    ]
+    # One for the blocks, one for the drawing.
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    assert all(block._compiled_call_impl is None for block in model.model.layers)
+
+
+def test_a_step_that_cannot_be_compiled_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    model = tiny_llama()
+    plain = replies(model, PROMPTS, max_new_tokens=4)
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    found = replies(model, PROMPTS, decoding="fixed", compiled=True, max_new_tokens=4)
+    assert [r.tokens for r in found] == [r.tokens for r in plain]
+    assert "not compiled" in caplog.text

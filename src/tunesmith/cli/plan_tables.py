@@ -59,7 +59,7 @@ def _parts(memory: MemoryPlan) -> list[int]:
         memory.gradients,
         memory.optimizer,
         memory.activations,
-        memory.transient,
+        memory.transient + memory.holes,
         memory.peak,
     ]
 

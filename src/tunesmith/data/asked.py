@@ -6,19 +6,22 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tunesmith.data.conversation import as_text, conversation, message
+from tunesmith.data.converted import converted
 from tunesmith.data.corpus import hold_out
-from tunesmith.data.formats import bad, fill, layout_of, renamed, stop_at
+from tunesmith.data.formats import fill, layout_of, renamed
 from tunesmith.data.mixing import epoch_counts, epoch_order
 from tunesmith.data.prepare import PreparedData
 from tunesmith.data.render import Renderer
-from tunesmith.data.rows import BadRow, RawRow
-from tunesmith.data.sources import Located, locate, read
+from tunesmith.data.rows import RawRow
+from tunesmith.data.sources import Located, locate
 from tunesmith.data.statistics import DataReport, SourceReport, histogram
+from tunesmith.data.table import Reading
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,8 +31,6 @@ if TYPE_CHECKING:
     from tunesmith.data.rows import Values
     from tunesmith.data.settings import DataSettings, Source
     from tunesmith.types import JSON
-
-_MESSAGES_KEPT: Final = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,37 +216,29 @@ class _Reader:
         return rows, _report(tuple(reports), rows)
 
     def _source(self, located: Located) -> tuple[list[Asked], SourceReport]:
-        rows: list[Asked] = []
-        total = dropped = 0
-        messages: list[str] = []
-        for raw in read(located):
-            total += 1
-            row = self._row(located, raw)
-            if isinstance(row, BadRow):
-                if self.settings.on_bad_row == "stop":
-                    raise stop_at(row)
-                messages.append(row.message)
-            elif len(row.input_ids) > self.longest:
-                dropped += 1
-            else:
-                rows.append(row)
-        kept = tuple(messages[:_MESSAGES_KEPT])
-        report = SourceReport(located.name, "prompts", total, len(messages), dropped, kept)
+        reading = Reading(located.name, "prompts")
+        on_bad_row = self.settings.on_bad_row
+        row = partial(self._row, located)
+        every = list(converted(located, row, on_bad_row=on_bad_row, reading=reading))
+        rows = [asked for asked in every if len(asked.input_ids) <= self.longest]
+        report = SourceReport(
+            reading.name,
+            reading.format,
+            reading.rows,
+            reading.bad,
+            len(every) - len(rows),
+            tuple(reading.messages),
+        )
         return rows, report
 
-    def _row(self, located: Located, raw: RawRow | BadRow) -> Asked | BadRow:
-        if isinstance(raw, BadRow):
-            return raw
-        try:
-            messages = list(turns_asked(located, raw.values))
-            ids = self.renderer.asked(conversation(messages))
-            if self.prompt_tokens is not None:
-                ids = ids[: self.prompt_tokens]
-                said = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
-                messages = [{"role": "user", "content": said}]
-            return Asked(ids, messages, dict(raw.values))
-        except DataError as error:
-            return bad(raw, error)
+    def _row(self, located: Located, raw: RawRow) -> Asked:
+        messages = list(turns_asked(located, raw.values))
+        ids = self.renderer.asked(conversation(messages))
+        if self.prompt_tokens is not None:
+            ids = ids[: self.prompt_tokens]
+            said = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
+            messages = [{"role": "user", "content": said}]
+        return Asked(ids, messages, dict(raw.values))
 
 
 def turns_asked(located: Located, values: Values) -> Iterator[Values]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -15,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.classification_rows import Example, Kind, read_examples
 from tunesmith.data.corpus import hold_out
+from tunesmith.data.in_memory import InMemory
 from tunesmith.data.prepare import Evaluation, PreparedData
 from tunesmith.data.rows import Prompt, TokenRow
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources import locate
-from tunesmith.data.statistics import DataReport, SourceReport, counted, histogram
+from tunesmith.data.statistics import DataReport
 from tunesmith.data.stream import EpochStream
 from tunesmith.data.table import Reading
 from tunesmith.errors import DataError
@@ -46,88 +45,27 @@ class LabelledRow(TokenRow):
 
 
 @dataclass(frozen=True)
-class LabelledCorpus:
-    """Labelled samples in memory, source after source."""
+class LabelledCorpus(InMemory[LabelledRow, Example]):
+    """Labelled samples in memory."""
 
-    sources: tuple[list[LabelledRow], ...]
-    readings: tuple[Reading, ...]
-    examples: tuple[list[Example], ...]
-    """Of each source the rows as they were read."""
-    uncut: tuple[list[int], ...]
-    """Tokens of each sample before cutting."""
-    max_length: int
     classes: tuple[str, ...]
-
-    @cached_property
-    def rows(self) -> list[LabelledRow]:
-        """All samples."""
-        return [row for rows in self.sources for row in rows]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Samples of each source."""
-        return tuple(map(len, self.sources))
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sample, (samples,) int64."""
-        return np.array([len(row.input_ids) for row in self.rows], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def row(self, index: int) -> LabelledRow:
-        """Return sample `index`."""
-        return self.rows[index]
 
     def hashes(self) -> NDArray[np.uint64]:
         """Return 64 bits a sample, equal for equal texts, (samples,) uint64."""
-        found = [example.text_hash for examples in self.examples for example in examples]
+        found = [example.text_hash for examples in self.origins for example in examples]
         return np.array(found, dtype=np.uint64)
-
-    def split(self, held_out: NDArray[np.bool_]) -> tuple[LabelledCorpus, LabelledCorpus]:
-        """Return the samples that are not, and those that are held out, (samples,) bool."""
-        bounds = np.cumsum([0, *self.sizes])
-        flags = [held_out[a:b] for a, b in pairwise(bounds)]
-        return self._where([~flag for flag in flags]), self._where(flags)
-
-    def _where(self, flags: Sequence[NDArray[np.bool_]]) -> LabelledCorpus:
-        def kept(lists: tuple[list[Any], ...]) -> tuple[list[Any], ...]:
-            pairs = zip(lists, flags, strict=True)
-            return tuple(
-                [x for x, keep in zip(xs, flag, strict=True) if keep] for xs, flag in pairs
-            )
-
-        return replace(
-            self,
-            sources=kept(self.sources),
-            examples=kept(self.examples),
-            uncut=kept(self.uncut),
-        )
 
     def label_counts(self) -> list[int]:
         """Return how often each class occurs, in their order."""
         found = Counter(
-            label for examples in self.examples for example in examples for label in example.labels
+            label for examples in self.origins for example in examples for label in example.labels
         )
         return [found[label] for label in self.classes]
 
     def report(self) -> DataReport:
-        """Return what the samples are like."""
-        uncut = np.array([size for sizes in self.uncut for size in sizes], dtype=np.int64)
+        """Return what the samples and their labels are like."""
         pairs = zip(self.classes, self.label_counts(), strict=True)
-        return DataReport(
-            sources=tuple(
-                SourceReport(r.name, r.format, r.rows, r.bad, 0, tuple(r.messages))
-                for r in self.readings
-            ),
-            kept=len(self),
-            truncated=int((uncut > self.max_length).sum()),
-            tokens=int(self.lengths.sum()),
-            supervised_tokens=sum(int(np.count_nonzero(row.supervised)) for row in self.rows),
-            lengths=histogram(counted(uncut)),
-            classes=tuple(pairs),
-        )
+        return replace(super().report(), classes=tuple(pairs))
 
 
 @dataclass(frozen=True)
@@ -178,13 +116,7 @@ def prepare_labelled(
         flags = hold_out(corpus.hashes(), holdout=settings.holdout, seed=settings.holdout_seed)
         corpus, kept_out = corpus.split(flags)
         held_back = _evaluation(kept_out, corpus)
-    train = EpochStream(
-        corpus,
-        seed=seed,
-        weights=[source.weight for source in settings.train],
-        mixing=settings.mixing,
-        shuffle=settings.shuffle,
-    )
+    train = EpochStream.of(corpus, settings, seed=seed)
     return LabelledData(train, held_back, classes, tuple(corpus.label_counts()))
 
 
@@ -205,7 +137,7 @@ def _evaluation(corpus: LabelledCorpus, training: LabelledCorpus) -> Evaluation:
     shared = int(np.isin(corpus.hashes(), training.hashes()).sum())
     prompts = tuple(
         Prompt(row.input_ids.tolist(), [told(example)], [{"role": "user", "content": example.text}])
-        for rows, examples in zip(corpus.sources, corpus.examples, strict=True)
+        for rows, examples in zip(corpus.sources, corpus.origins, strict=True)
         for row, example in zip(rows, examples, strict=True)
     )
     report = replace(corpus.report(), also_in_training=shared)
@@ -301,9 +233,10 @@ class _Work:
         ]
         return LabelledCorpus(
             sources=tuple([row for row, _ in rows] for rows in made),
-            readings=tuple(reading for _, reading in read),
-            examples=tuple(examples for examples, _ in read),
+            origins=tuple(examples for examples, _ in read),
             uncut=tuple([size for _, size in rows] for rows in made),
+            readings=tuple(reading for _, reading in read),
+            dropped=tuple(Counter[str]() for _ in read),
             max_length=self.max_length,
             classes=classes,
         )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from tunesmith.data.conversation import Text, as_text, check_text
-from tunesmith.data.formats import bad, fill, renamed, stop_at
-from tunesmith.data.rows import BadRow, RawRow, Values
+from tunesmith.data.converted import converted
+from tunesmith.data.formats import fill, renamed
+from tunesmith.data.rows import RawRow, Values
 from tunesmith.data.settings import Source
-from tunesmith.data.sources import Located, read
+from tunesmith.data.sources import Located
 from tunesmith.data.table import Reading
 from tunesmith.errors import DataError
 from tunesmith.types import JSON
@@ -60,32 +61,19 @@ def read_examples(
         DataError: a row is bad and `on_bad_row` is stop, or no row is left.
     """
     reading = Reading(located.name, "tokens and tags" if kind == "tokens" else "text and label")
-    examples = list(_examples(located, kind, on_bad_row, reading))
+    source = located.source
+    _require_rows_of_text(source)
+    examples = list(
+        converted(
+            located,
+            lambda raw: example_of(raw, source, kind),
+            on_bad_row=on_bad_row,
+            reading=reading,
+        )
+    )
     if not examples:
         raise DataError(f"{located.name}: none of {reading.rows} rows is left to learn from")
     return examples, reading
-
-
-def _examples(located: Located, kind: Kind, on_bad_row: str, reading: Reading) -> Iterator[Example]:
-    _require_rows_of_text(located.source)
-    for raw in read(located):
-        reading.rows += 1
-        made = _example_or_bad(raw, located.source, kind)
-        if isinstance(made, Example):
-            yield made
-        elif on_bad_row == "stop":
-            raise stop_at(made)
-        else:
-            reading.skip(made.message)
-
-
-def _example_or_bad(raw: RawRow | BadRow, source: Source, kind: Kind) -> Example | BadRow:
-    if isinstance(raw, BadRow):
-        return raw
-    try:
-        return example_of(raw, source, kind)
-    except DataError as error:
-        return bad(raw, error)
 
 
 def _require_rows_of_text(source: Source) -> None:

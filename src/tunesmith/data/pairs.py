@@ -6,8 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -16,15 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.data.conversation import Conversation
 from tunesmith.data.corpus import hold_out
+from tunesmith.data.in_memory import InMemory
 from tunesmith.data.pairs_rows import Judged, Judgement, read_judged, swapped
 from tunesmith.data.prepare import Evaluation, PreparedData
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import TokenRow
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources import locate
-from tunesmith.data.statistics import DataReport, SourceReport, counted, histogram
 from tunesmith.data.stream import EpochStream
-from tunesmith.data.table import Reading, first_target
+from tunesmith.data.table import first_target
 from tunesmith.errors import DataError
 
 NAMED: Final = 3
@@ -59,85 +57,13 @@ class PairRow(TokenRow):
     """Equal for rows with equal tokens."""
 
 
-@dataclass(frozen=True)
-class PairCorpus:
-    """Judged samples in memory, source after source."""
-
-    sources: tuple[list[PairRow], ...]
-    judged: tuple[list[Judged], ...]
-    """Of each sample the row that it was read from."""
-    readings: tuple[Reading, ...]
-    dropped: tuple[Counter[str], ...]
-    """Of each source how many rows were left out, by reason."""
-    uncut: tuple[list[int], ...]
-    """Tokens of the longest reply of each sample with its prompt, before cutting."""
-    max_length: int
-
-    @cached_property
-    def rows(self) -> list[PairRow]:
-        """All samples."""
-        return [row for rows in self.sources for row in rows]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Samples of each source."""
-        return tuple(map(len, self.sources))
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sample, all its replies together, (samples,) int64."""
-        return np.array([len(row.input_ids) for row in self.rows], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def row(self, index: int) -> PairRow:
-        """Return sample `index`."""
-        return self.rows[index]
+class PairCorpus(InMemory[PairRow, Judged]):
+    """Judged samples in memory."""
 
     def hashes(self) -> NDArray[np.uint64]:
         """Return 64 bits a sample, equal for equal prompts, (samples,) uint64."""
-        found = [judged.prompt_hash for rows in self.judged for judged in rows]
+        found = [judged.prompt_hash for rows in self.origins for judged in rows]
         return np.array(found, dtype=np.uint64)
-
-    def split(self, held_out: NDArray[np.bool_]) -> tuple[PairCorpus, PairCorpus]:
-        """Return the samples that are not, and those that are held out, (samples,) bool."""
-        bounds = np.cumsum([0, *self.sizes])
-        flags = [held_out[a:b] for a, b in pairwise(bounds)]
-        return self._where([~flag for flag in flags]), self._where(flags)
-
-    def _where(self, flags: Sequence[NDArray[np.bool_]]) -> PairCorpus:
-        places = [np.flatnonzero(flag).tolist() for flag in flags]
-        every = list(enumerate(places))
-        return replace(
-            self,
-            sources=tuple([self.sources[s][i] for i in kept] for s, kept in every),
-            judged=tuple([self.judged[s][i] for i in kept] for s, kept in every),
-            uncut=tuple([self.uncut[s][i] for i in kept] for s, kept in every),
-        )
-
-    def report(self) -> DataReport:
-        """Return what the samples are like."""
-        uncut = np.array([size for sizes in self.uncut for size in sizes], dtype=np.int64)
-        return DataReport(
-            sources=tuple(
-                SourceReport(
-                    r.name,
-                    r.format,
-                    r.rows,
-                    r.bad,
-                    dropped.total(),
-                    tuple(r.messages),
-                    tuple(sorted(dropped.items())),
-                )
-                for r, dropped in zip(self.readings, self.dropped, strict=True)
-            ),
-            kept=len(self),
-            truncated=int((uncut > self.max_length).sum()),
-            tokens=int(self.lengths.sum()),
-            supervised_tokens=sum(int(np.count_nonzero(row.supervised)) for row in self.rows),
-            lengths=histogram(counted(uncut)),
-        )
 
 
 def prepare_pairs(
@@ -169,13 +95,7 @@ def prepare_pairs(
         flags = hold_out(corpus.hashes(), holdout=settings.holdout, seed=settings.holdout_seed)
         corpus, kept_out = corpus.split(flags)
         held_back = work.evaluation(kept_out, corpus)
-    train = EpochStream(
-        corpus,
-        seed=seed,
-        weights=[source.weight for source in settings.train],
-        mixing=settings.mixing,
-        shuffle=settings.shuffle,
-    )
+    train = EpochStream.of(corpus, settings, seed=seed)
     return PreparedData(train, held_back)
 
 
@@ -211,10 +131,10 @@ class _Work:
             dropped.append(reasons)
         corpus = PairCorpus(
             sources=tuple([row for row, _, _ in rows] for rows in made),
-            judged=tuple([judged for _, judged, _ in rows] for rows in made),
+            origins=tuple([judged for _, judged, _ in rows] for rows in made),
+            uncut=tuple([size for _, _, size in rows] for rows in made),
             readings=tuple(reading for _, reading in read),
             dropped=tuple(dropped),
-            uncut=tuple([size for _, _, size in rows] for rows in made),
             max_length=self.settings.max_length,
         )
         self._check(corpus)
@@ -314,7 +234,7 @@ class _Work:
     def evaluation(self, corpus: PairCorpus, training: PairCorpus) -> Evaluation:
         shared = int(np.isin(corpus.hashes(), training.hashes()).sum())
         prompts = tuple(
-            self.renderer.prompt(_best(judged)) for rows in corpus.judged for judged in rows
+            self.renderer.prompt(_best(judged)) for rows in corpus.origins for judged in rows
         )
         report = replace(corpus.report(), also_in_training=shared)
         return Evaluation(corpus.rows, prompts, report)

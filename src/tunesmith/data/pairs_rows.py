@@ -11,15 +11,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, cast
 
 from tunesmith.data.conversation import Conversation, as_text, conversation, message
-from tunesmith.data.formats import bad, renamed, stop_at
-from tunesmith.data.rows import BadRow, RawRow, Values
+from tunesmith.data.converted import converted
+from tunesmith.data.formats import renamed
+from tunesmith.data.rows import Values
 from tunesmith.data.settings import Source
-from tunesmith.data.sources import Located, read
+from tunesmith.data.sources import Located
 from tunesmith.data.table import Reading
 from tunesmith.errors import DataError
 from tunesmith.types import JSON
@@ -87,33 +88,21 @@ def read_judged(
             "recognised by their columns; name those with `columns`: {chosen: ..., rejected: ...}"
         )
     reading = Reading(located.name, judgement)
-    rows = list(_judged(located, judgement, on_bad_row, reading))
+    rows = list(
+        converted(
+            located,
+            lambda raw: judged_of(
+                renamed(raw.values, source.columns), judgement, source, place=raw.place
+            ),
+            on_bad_row=on_bad_row,
+            reading=reading,
+        )
+    )
+    if judgement == "labels":
+        rows = [single for row in rows for single in labelled_apart(row)]
     if not rows:
         raise DataError(f"{located.name}: none of {reading.rows} rows is left to learn from")
     return rows, reading
-
-
-def _judged(
-    located: Located, judgement: Judgement, on_bad_row: str, reading: Reading
-) -> Iterator[Judged]:
-    for raw in read(located):
-        reading.rows += 1
-        made = _judged_or_bad(raw, located.source, judgement)
-        if isinstance(made, Judged):
-            yield from labelled_apart(made) if judgement == "labels" else [made]
-        elif on_bad_row == "stop":
-            raise stop_at(made)
-        else:
-            reading.skip(made.message)
-
-
-def _judged_or_bad(raw: RawRow | BadRow, source: Source, judgement: Judgement) -> Judged | BadRow:
-    if isinstance(raw, BadRow):
-        return raw
-    try:
-        return judged_of(renamed(raw.values, source.columns), judgement, source, place=raw.place)
-    except DataError as error:
-        return bad(raw, error)
 
 
 def judged_of(row: Values, judgement: Judgement, source: Source, *, place: str) -> Judged:

@@ -142,14 +142,7 @@ def prepare(
         )
         corpus, kept_out = corpus.split(flags)
         held_back = work.evaluation(jobs, kept_out, training=corpus)
-    train = EpochStream(
-        corpus,
-        seed=seed,
-        weights=[source.weight for source in settings.train],
-        mixing=settings.mixing,
-        shuffle=settings.shuffle,
-        packing=settings.packing,
-    )
+    train = EpochStream.of(corpus, settings, seed=seed)
     return PreparedData(train, held_back)
 
 

@@ -59,6 +59,8 @@ class Arithmetic(Generated):
 
     digits: int = Field(default=2, ge=1, le=9)
     """Digits that each number has at most."""
+    largest: int | None = Field(default=None, ge=1)
+    """Largest number; none is the largest of so many digits."""
     operations: tuple[Operation, ...] = ("add", "subtract", "multiply")
     """Drawn from with equal chance."""
 
@@ -70,7 +72,8 @@ class Arithmetic(Generated):
     def draw(self, chance: random.Random) -> Problem:
         """Return one problem; a + b and b + a are the same."""
         operation = chance.choice(self.operations)
-        a, b = chance.randrange(10**self.digits), chance.randrange(10**self.digits)
+        numbers = 10**self.digits if self.largest is None else self.largest + 1
+        a, b = chance.randrange(numbers), chance.randrange(numbers)
         answer = {"add": a + b, "subtract": a - b, "multiply": a * b}[operation]
         known = (a, b) if operation == "subtract" else (min(a, b), max(a, b))
         asked = f"What is {a} {_SIGNS[operation]} {b}? Answer with the number only."

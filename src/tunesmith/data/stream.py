@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tunesmith.data.mixing import epoch_counts, epoch_order
 from tunesmith.data.packing import WINDOW, pack
 from tunesmith.data.rows import TokenRow, join
+from tunesmith.data.settings import DataSettings
 from tunesmith.data.statistics import DataReport
 from tunesmith.errors import DataError
 from tunesmith.types import JSON
@@ -65,6 +66,18 @@ class EpochStream:
         self._position = 0
         self._plan = self._plan_of(0)
         self._rows_per_epoch = len(self._plan)
+
+    @classmethod
+    def of(cls, corpus: Samples, settings: DataSettings, *, seed: int) -> EpochStream:
+        """Return the order that the `data` part of a run file asks for."""
+        return cls(
+            corpus,
+            seed=seed,
+            weights=[source.weight for source in settings.train],
+            mixing=settings.mixing,
+            shuffle=settings.shuffle,
+            packing=settings.packing,
+        )
 
     @property
     def rows_per_epoch(self) -> int:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
 
-from tunesmith.engine.compiled import (
-    CompiledCall,
-    GraphError,
-    Uncompiled,
-    call_of,
-    compiles,
-    compiling,
-)
+from tunesmith.engine.compiled import CompiledCall, GraphError, compiles, compiling
 from tunesmith.engine.recompute import Mode, Recompute, recompute_of, without_cache
 from tunesmith.errors import ModelError
+from tunesmith.ops.loss_by_logits import plain_loss
 from tunesmith.types import HEAD_ONLY
 
 if TYPE_CHECKING:
@@ -45,13 +39,34 @@ class Level(NamedTuple):
         return f"{self.mode or 'none'}{share}"
 
 
+class Start(NamedTuple):
+    """What `auto` begins with, and why."""
+
+    level: Level
+    reason: str
+
+
+TRIED: Final = "memory suffices so far"
+"""Why `auto` begins with nothing, where nobody planned."""
+
+
+class BlockCall(Protocol):
+    """A block's call as one graph."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, or raise GraphError before anything of it has run."""
+
+    def make_dynamic(self) -> None:
+        """Serve every length from now on."""
+
+
 class TrainingBlock:
     """What is called in the place of one block."""
 
     def __init__(self, module: nn.Module, path: str) -> None:
         self.module = module
         self.path = path
-        self.compiled: CompiledCall | Uncompiled | None = None
+        self.compiled: BlockCall | None = None
         self.mode: Mode | None = None
         self.recompute: Recompute | None = None
         self.fails: Callable[[str, str], None] = _ignore
@@ -131,6 +146,11 @@ class Blocks:
                 if block.compiled is not None:
                     block.compiled.make_dynamic()
 
+    def begin(self, level: Level) -> None:
+        """Start with one of the levels that are chosen among."""
+        while self._level != level and self._levels:
+            self._set(self._levels.pop(0))
+
     def keep_less(self, reason: str) -> bool:
         """Recompute more from now on and say so; False where no more can be recomputed."""
         if not self._levels:
@@ -192,6 +212,7 @@ def training_blocks(
     device: torch.device,
     sharded: bool = False,
     backend: str | None = None,
+    stand_in: Callable[[nn.Module], BlockCall] | None = None,
 ) -> Iterator[Blocks]:
     """Let the blocks run as `engine.speed` and `engine.checkpointing` say, inside a `with` block.
 
@@ -202,6 +223,8 @@ def training_blocks(
         device: what they run on.
         sharded: whether they gather their weights when they are called.
         backend: PyTorch's compiler; None is the one that generates code.
+        stand_in: makes what takes the place of a compiled block where nothing is computed: a plan
+            wants to know only what a graph keeps.
 
     Raises:
         ModelError: there are no blocks whose activations could be computed again.
@@ -209,24 +232,31 @@ def training_blocks(
     paths = {module: path for path, module in model.named_modules()}
     blocks = [TrainingBlock(module, paths[module]) for module in modules]
     compiled = compiles(settings, device, sharded=sharded)
-    levels = _levels(settings, compiled=compiled)
+    levels = levels_of(settings, compiled=compiled)
     if not blocks and settings.checkpointing not in {"none", "auto"}:
         raise ModelError(
             f"engine.checkpointing: '{settings.checkpointing}' needs blocks to recompute, and "
             f"{type(model).__name__} has none; use none and a smaller train.batch_size"
         )
     with ExitStack() as stack:
+        if settings.speed == "safe":
+            stack.enter_context(plain_loss())
         if compiled:
             stack.enter_context(compiling(recomputes_pointwise=levels[0].mode == "selective"))
             for block in blocks:
-                block.compiled = call_of(block.module, device, backend=backend)
+                block.compiled = (
+                    stand_in(block.module)
+                    if stand_in
+                    else CompiledCall(block.module, backend=backend)
+                )
         controller = Blocks(model, blocks, levels)
         controller.install()
         stack.callback(controller.remove)
         yield controller
 
 
-def _levels(settings: EngineSettings, *, compiled: bool) -> list[Level]:
+def levels_of(settings: EngineSettings, *, compiled: bool) -> list[Level]:
+    """Return how much may be recomputed, the least first: one level, unless `auto` chooses."""
     if settings.checkpointing == "none":
         return [Level(None)]
     if settings.checkpointing != "auto":

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from tunesmith.models.quantize_linear import multiplies_in_float8
 from tunesmith.models.zoo import cache_dir
 
 if TYPE_CHECKING:
@@ -70,34 +69,6 @@ def _whole(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
-class Uncompiled:
-    """Stands for a block that is not to be compiled, and says why when it is first called."""
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse.
-
-        Raises:
-            GraphError: always, with the reason.
-        """
-        raise GraphError(self._reason)
-
-    def make_dynamic(self) -> None:
-        """Nothing is compiled, so nothing has to serve other lengths."""
-
-
-def call_of(
-    block: nn.Module, device: torch.device, *, backend: str | None
-) -> CompiledCall | Uncompiled:
-    """Return the compiled call of `block`, or the reason why it has none."""
-    if device.type == "cuda" and multiplies_in_float8(block):
-        # Measured on an H200 with torch 2.11: relative differences of 0.8 to 0.95.
-        return Uncompiled("compiled float8 products gave other gradients than uncompiled ones")
-    return CompiledCall(block, backend=backend)
-
-
 def reason_of(error: BaseException) -> str:
     """Return why a block could not be captured, in one line with the place in the code."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -138,9 +109,21 @@ def compiling(*, recomputes_pointwise: bool = False) -> Iterator[None]:
         torch._dynamo.config.patch(
             recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=8 * RECOMPILE_LIMIT
         ),
-        torch._functorch.config.patch(aggressive_recomputation=recomputes_pointwise),
+        torch._functorch.config.patch(
+            aggressive_recomputation=recomputes_pointwise,
+            # Our own operators, such as float8's product, are none that cost little.
+            is_non_builtin_to_include=recomputes_pointwise,
+        ),
+        torch._inductor.config.patch(joint_custom_pre_pass=_merge_products()),
     ):
         yield
+
+
+def _merge_products() -> Any:
+    # PyTorch's compiler takes seconds to import, and not every run compiles.
+    from tunesmith.engine.narrow_products import MergeNarrowProducts
+
+    return MergeNarrowProducts()
 
 
 @contextmanager

@@ -69,11 +69,16 @@ class Peers:
     def to_device(self, batch: Batch) -> Batch:
         """Return `batch` with its tensors on this process's device."""
         return {
-            key: value.to(self.device, non_blocking=True)
+            key: self._moved(value)
             if isinstance(value, torch.Tensor) and key not in ON_CPU
             else value
             for key, value in batch.items()
         }
+
+    def _moved(self, value: Tensor) -> Tensor:
+        # From memory that the system may move, the host would wait for the device's turn.
+        pinned = value.pin_memory() if self.device.type == "cuda" and not value.is_cuda else value
+        return pinned.to(self.device, non_blocking=True)
 
 
 def connect(settings: EngineSettings) -> Peers:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from tunesmith.errors import DataError
-from tunesmith.models.modes import evaluating
+from tunesmith.models.modes import autocasting, evaluating
 from tunesmith.types import R
 
 if TYPE_CHECKING:
@@ -50,11 +50,7 @@ def mean_loss(
     with measuring(module):
         for start in shares:
             batch = peers.to_device(collate(list(rows[start : start + batch_size])))
-            with (
-                torch.autocast(peers.device.type, autocast_dtype)
-                if autocast_dtype
-                else nullcontext()
-            ):
+            with autocasting(peers.device, autocast_dtype):
                 terms: LossTerms = module(batch)
             count += terms.count
             for name, value in (("loss", terms.total), *terms.metrics.items()):

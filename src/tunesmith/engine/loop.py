@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
 from tunesmith.engine import random_state
-from tunesmith.engine.blocks import Blocks, Level, training_blocks
+from tunesmith.engine.blocks import TRIED, Blocks, Level, Start, training_blocks
 from tunesmith.engine.checkpoint import checkpoints, prune, remove_unfinished, size_of
 from tunesmith.engine.distribution import Alone, Peers, connect, spread
 from tunesmith.engine.evaluation import measuring
@@ -33,7 +33,7 @@ from tunesmith.engine.optimizer import build_optimizer
 from tunesmith.engine.progress import Best, Pace, Progress
 from tunesmith.engine.schedule import factor
 from tunesmith.engine.snapshot import Training, restore, save
-from tunesmith.engine.step import Stepper, StepResult
+from tunesmith.engine.step import Stepper, StepResult, Taken
 from tunesmith.errors import CheckpointError, SpecError, TrainingError
 from tunesmith.types import R
 
@@ -86,6 +86,7 @@ def fit(  # noqa: PLR0913 - the sections of a run file, which belong to the call
     listeners: Sequence[Listener] = (),
     resume_from: Path | None = None,
     peers: Peers | None = None,
+    start: Start | None = None,
 ) -> Outcome:
     """Train `task` and return what came of it; its model is left trained, whole and in eval mode.
 
@@ -105,6 +106,7 @@ def fit(  # noqa: PLR0913 - the sections of a run file, which belong to the call
         listeners: called with each event.
         resume_from: a checkpoint to go on from, see `find_resumable`.
         peers: the processes, where the caller has already connected them.
+        start: what `engine.checkpointing: auto` begins with; nothing recomputed without.
 
     Raises:
         SpecError: the length of the run is not known, or evaluation.best is not measured.
@@ -119,6 +121,8 @@ def fit(  # noqa: PLR0913 - the sections of a run file, which belong to the call
     with training_blocks(
         task.model, task.block_modules, engine, device=peers.device, sharded=sharded
     ) as blocks:
+        if start is not None:
+            blocks.begin(start.level)
         model = spread(task.module, task.block_modules, engine, peers)
         try:
             loop = _Loop(
@@ -131,6 +135,7 @@ def fit(  # noqa: PLR0913 - the sections of a run file, which belong to the call
                 log_every=tracking.log_every,
                 run_dir=run_dir,
                 listeners=listeners,
+                begins_because=start.reason if start else TRIED,
             )
             random_state.seed_all(seed + peers.rank, peers.device)
             return loop.run(resume_from)
@@ -171,6 +176,17 @@ def _total_steps(train: TrainSettings, rows_per_epoch: int | None, effective_bat
     return math.ceil(train.epochs * rows_per_epoch / effective_batch)
 
 
+@dataclass(frozen=True)
+class _Unsettled:
+    """A step that was taken, and what is to be said of it once it is read."""
+
+    taken: Taken
+    step: int
+    started: float
+    learning_rate: float
+    epoch: float
+
+
 @dataclass(kw_only=True)
 class _Loop(Generic[R]):
     training: Training[R]
@@ -182,9 +198,12 @@ class _Loop(Generic[R]):
     log_every: int
     run_dir: Path
     listeners: Sequence[Listener]
+    begins_because: str
     saved_at: int | None = field(default=None, init=False)
     last_checkpoint: Path | None = field(default=None, init=False)
     pace: Pace = field(default_factory=Pace, init=False)
+    unsettled: _Unsettled | None = field(default=None, init=False)
+    settled_at: float = field(default=0.0, init=False)
 
     @property
     def progress(self) -> Progress:
@@ -241,7 +260,7 @@ class _Loop(Generic[R]):
             self._warn(message)
         self.blocks.warn, self.blocks.choose = self._warn, self._tell_checkpointing
         if self.blocks.has_choice:
-            self._tell_checkpointing(self.blocks.level, "memory suffices so far")
+            self._tell_checkpointing(self.blocks.level, self.begins_because)
 
     def _warn(self, message: str) -> None:
         self.emit(Warned(step=self.progress.step, message=message))
@@ -250,11 +269,15 @@ class _Loop(Generic[R]):
         """Evaluate and save where it is due, and return why to stop, if so."""
         progress = self.progress
         reason = self._reason(interrupt)
-        if reason != "interrupted" and self._evaluation_is_due(reason):
+        every = self.checkpoint.every_steps
+        due = every is not None and progress.step % every == 0 and progress.step > 0
+        evaluates = reason != "interrupted" and self._evaluation_is_due(reason)
+        if reason or due or evaluates:
+            self._settle()
+        if evaluates:
             self._evaluate()
             reason = self._reason(interrupt)
-        every, best = self.checkpoint.every_steps, progress.best
-        due = every is not None and progress.step % every == 0 and progress.step > 0
+        best = progress.best
         is_best = best is not None and best.step == progress.step
         if (due or is_best or reason) and self.saved_at != progress.step:
             self._save()
@@ -312,51 +335,69 @@ class _Loop(Generic[R]):
         )
 
     def _step(self, stepper: Stepper[R]) -> None:
+        """Take a step; where steps run ahead, hear of the one before it."""
         training, progress = self.training, self.progress
         started = time.perf_counter()
         share = factor(self.train, progress.step, training.total)
         rows = training.task.rows.take(training.effective_batch)
-        result = stepper.step(rows, learning_rate=training.learning_rate * share)
+        learning_rate = training.learning_rate * share
+        taken = stepper.step(rows, learning_rate=learning_rate)
         progress.step += 1
-        if result.finite:
+        if not stepper.runs_ahead and taken.read().finite:
             training.task.on_step(progress.step, training.total)
         stepper.clear()
-        seconds = time.perf_counter() - started
-        progress.count(result, seconds)
-        self.pace.count(result.tokens, seconds)
-        last = progress.step == training.total
-        if last or not result.finite or progress.step % self.log_every == 0:
-            self._log(result, training.learning_rate * share)
-        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise TrainingError(self._not_finite(result))
+        self._settle()
+        self.unsettled = _Unsettled(
+            taken, progress.step, started, learning_rate, training.task.rows.epoch
+        )
+        if not stepper.runs_ahead:
+            self._settle()
 
-    def _log(self, result: StepResult, learning_rate: float) -> None:
-        training, progress = self.training, self.progress
+    def _settle(self) -> None:
+        """Take note of the step that was taken and not read yet, if there is one."""
+        if self.unsettled is None:
+            return
+        done, self.unsettled = self.unsettled, None
+        result = done.taken.read()
+        now = time.perf_counter()
+        # It began when it was sent, or when the device had done with the one before.
+        seconds = now - max(done.started, self.settled_at)
+        self.settled_at = now
+        self.progress.count(result, seconds)
+        self.pace.count(result.tokens, seconds)
+        last = done.step == self.training.total
+        if last or not result.finite or done.step % self.log_every == 0:
+            self._log(result, done)
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(self._not_finite(result, done.step))
+
+    def _log(self, result: StepResult, done: _Unsettled) -> None:
+        training = self.training
         self.emit(
             StepDone(
-                step=progress.step,
+                step=done.step,
                 total=training.total,
                 loss=result.loss,
-                learning_rate=learning_rate,
+                learning_rate=done.learning_rate,
                 grad_norm=result.grad_norm,
                 tokens=result.tokens,
                 supervised_tokens=result.supervised_tokens,
                 tokens_per_second=self.pace.tokens_per_second(),
                 memory_bytes=peak_memory(training.peers.device),
-                eta_seconds=self.pace.seconds_for(training.total - progress.step),
-                epoch=training.task.rows.epoch,
+                eta_seconds=self.pace.seconds_for(training.total - done.step),
+                epoch=done.epoch,
                 skipped=not result.finite,
                 metrics=result.metrics,
             )
         )
 
-    def _not_finite(self, result: StepResult) -> str:
+    def _not_finite(self, result: StepResult, step: int) -> str:
         place = "there is no checkpoint yet"
         if self.last_checkpoint is not None:
             place = f"the last good checkpoint is {self.last_checkpoint}"
         return (
             f"loss {result.loss} and gradient norm {result.grad_norm} at step "
-            f"{self.progress.step}, the {MAX_SKIPPED_IN_A_ROW}rd step in a row that is not finite; "
+            f"{step}, the {MAX_SKIPPED_IN_A_ROW}rd step in a row that is not finite; "
             f"{place}; lower train.learning_rate or look at the data around that step"
         )
 

@@ -97,6 +97,33 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group["scale"]
 
 
+def takes_scale(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether `step_unless` can be used: PyTorch's fused AdamW can."""
+    return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults["fused"])
+
+
+def step_unless(
+    optimizer: torch.optim.Optimizer, *, left_out: Tensor, scale: Tensor | None
+) -> None:
+    """Update the weights, unless the device finds that the step is to be left out.
+
+    The host does not wait for the answer. The gradients are divided by `scale` as they are read,
+    which spares a pass over them.
+
+    Args:
+        optimizer: one that `takes_scale`.
+        left_out: () bool.
+        scale: () float32; None leaves the gradients as they are.
+    """
+    # Where torch.amp.GradScaler puts what it tells a fused optimiser.
+    its: Any = optimizer
+    its.found_inf, its.grad_scale = left_out.float(), scale
+    try:
+        optimizer.step()
+    finally:
+        del its.found_inf, its.grad_scale
+
+
 def state_by_name(
     optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor | int | float]:

@@ -31,6 +31,7 @@ KEPT: Final = frozenset(
         "aten::baddbmm",
         "aten::_scaled_mm",
         "aten::_grouped_mm",
+        "tunesmith::scaled_product",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_efficient_attention",

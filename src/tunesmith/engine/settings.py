@@ -91,13 +91,14 @@ class EngineSettings(Settings):
     """What matrix products compute in; auto is the model's dtype, or bfloat16 under autocast where
     base weights train in float32 and the hardware does bfloat16 well."""
     speed: Literal["auto", "compiled", "safe"] = "auto"
-    """Compile every block of the model as one graph (compiled), or run it as it is written (safe);
-    auto compiles on CUDA. A block that is no single graph runs as it is, with a warning that says
-    why; so do all under fsdp."""
+    """Compile every block of the model as one graph (compiled), or run blocks, loss and attention
+    by the plain code that serves every case (safe); auto compiles on CUDA. A block that is no
+    single graph runs as it is, with a warning that says why; so do all under fsdp."""
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
     """What the backward pass computes again instead of having it kept: nothing (none), all but
     matrix products and attention (selective), whole blocks (full), whole blocks whose inputs wait
-    in the host's memory (offload). auto begins with none and goes on where memory runs out."""
+    in the host's memory (offload). auto begins with the least that is planned to fit, and goes on
+    where memory runs out."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes the first accelerator there is."""
     distribution: Literal["auto", "ddp", "fsdp"] = "auto"

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from tunesmith.engine.optimizer import set_learning_rate
+from tunesmith.engine.optimizer import set_learning_rate, step_unless, takes_scale
+from tunesmith.engine.task import nothing_to_do
 from tunesmith.errors import TrainingError
 from tunesmith.types import R
 
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tunesmith.engine.blocks import Blocks
-    from tunesmith.engine.distribution import Alone
+    from tunesmith.engine.distribution import Alone, Peers
     from tunesmith.engine.snapshot import Training
     from tunesmith.types import Batch, LossTerms
+
+AHEAD: Final = frozenset({"cuda"})
+"""Devices that compute by themselves while the host prepares the next step."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,52 @@ class _Sums:
         for name, value in terms.metrics.items():
             self.metrics.setdefault(name, []).append(value.detach())
 
-    def read(self, norm: Tensor) -> list[float]:
-        """Return [norm, total, *metrics by name]: the one place where the host waits in a step."""
+    def beside(self, norm: Tensor) -> Tensor:
+        """Return (norm, total, *metrics by name), (2 + metrics,) float32."""
         columns = [self.total, *(self.metrics[name] for name in sorted(self.metrics))]
         sums = [torch.stack(column).float().sum() for column in columns]
-        return torch.stack([norm.float(), *sums]).tolist()
+        return torch.stack([norm.float(), *sums])
+
+
+class _Gradients(NamedTuple):
+    """What stands in the gradients, and what the loss came to."""
+
+    values: Tensor
+    """(norm, total, *metrics by name) of this process, on its device."""
+    metrics: list[str]
+    counted: float
+    tokens: float
+
+
+class Taken:
+    """A step that was sent on its way; where the device computes by itself it may go on."""
+
+    def __init__(self, gradients: _Gradients, peers: Peers) -> None:
+        self._gradients, self._peers = gradients, peers
+        self._host = gradients.values
+        self._arrived: torch.cuda.Event | None = None
+        self._result: StepResult | None = None
+        if peers.device.type == "cuda":
+            # The copy waits in line behind the step, and the host for nothing until it reads.
+            self._host = torch.empty(gradients.values.shape, pin_memory=True)
+            self._host.copy_(gradients.values, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(peers.device))
+
+    def read(self) -> StepResult:
+        """Wait for the step to end and return what it came to; every process has to ask."""
+        if self._result is None:
+            self._result = self._read()
+        return self._result
+
+    def _read(self) -> StepResult:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        gradients, divisor = self._gradients, self._gradients.counted or 1.0
+        norm, *local = self._host.tolist()
+        loss, *metrics = (value / divisor for value in self._peers.sum(local))
+        named = dict(zip(gradients.metrics, metrics, strict=True))
+        return StepResult(loss, norm, int(gradients.counted), int(gradients.tokens), named)
 
 
 class Stepper(Generic[R]):
@@ -82,7 +127,17 @@ class Stepper(Generic[R]):
         self.max_grad_norm = max_grad_norm
         self.on_halved = on_halved
 
-    def step(self, rows: list[R], *, learning_rate: float) -> StepResult:
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step need not be read before the next one is taken.
+
+        The device itself then leaves out a step that is not finite. Nobody may have to act between
+        the two, and one process must not go on while another stays.
+        """
+        alone = self.peers.size == 1 and self.task.on_step is nothing_to_do
+        return alone and self.peers.device.type in AHEAD and takes_scale(self.optimizer)
+
+    def step(self, rows: list[R], *, learning_rate: float) -> Taken:
         """Learn from `rows`, the global rows of one effective batch; a non-finite step is left out.
 
         The gradients stay until `clear`, for whoever acts after a step.
@@ -91,19 +146,32 @@ class Stepper(Generic[R]):
             TrainingError: memory does not suffice for a single row.
         """
         mine = rows[self.peers.rank :: self.peers.size]
-        while (result := self._gradients(mine)) is None:
+        while (gradients := self._accumulated(mine)) is None:
             self._need_less()
-        if result.finite:
-            set_learning_rate(self.optimizer, learning_rate)
+        set_learning_rate(self.optimizer, learning_rate)
+        if self.runs_ahead:
+            self._update_by_device(gradients.values)
+            return Taken(gradients, self.peers)
+        taken = Taken(gradients, self.peers)
+        if taken.read().finite:
+            self._clip(gradients.values[0])
             self.optimizer.step()
-        return result
+        return taken
+
+    def _update_by_device(self, values: Tensor) -> None:
+        """Clip and update in one pass, unless the norm or the loss is not finite."""
+        norm, scale = values[0], None
+        if self.max_grad_norm is not None:
+            # As clip_grads_with_norm_ has it: gradients are divided by this.
+            scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+        step_unless(self.optimizer, left_out=~values[:2].isfinite().all(), scale=scale)
 
     def clear(self) -> None:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _gradients(self, rows: list[R]) -> StepResult | None:
-        """Accumulate and clip the gradients of `rows`, or return None where memory ran out."""
+    def _accumulated(self, rows: list[R]) -> _Gradients | None:
+        """Accumulate the gradients of `rows`, or return None where memory ran out."""
         size = self.progress.micro_batch
         batches = [
             self.task.collate(rows[start : start + size]) for start in range(0, len(rows), size)
@@ -111,14 +179,29 @@ class Stepper(Generic[R]):
         counted, tokens = self.peers.sum(
             [sum(map(self.task.count, batches)), sum(map(self.task.tokens, batches))]
         )
-        divisor = counted or 1.0
-        sums = _Sums()
-        if not self._accumulate(batches, divisor, sums):
+        told, sums = self._told(batches, counted or 1.0), _Sums()
+        if told is None or not self._accumulate(told, counted or 1.0, sums):
             return None
-        norm, *local = sums.read(self._clip())
-        loss, *metrics = (value / divisor for value in self.peers.sum(local))
-        named = dict(zip(sorted(sums.metrics), metrics, strict=True))
-        return StepResult(loss, norm, int(counted), int(tokens), named)
+        return _Gradients(sums.beside(self._norm()), sorted(sums.metrics), counted, tokens)
+
+    def _told(self, batches: list[Batch], divisor: float) -> list[Batch] | None:
+        """Return `batches`, each told what it has to know of all, or None where memory ran out."""
+        if self.task.common is None or (len(batches) == 1 and self.peers.size == 1):
+            return batches
+        sums, enough = _Sums(), True
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    self._loss(batch, divisor, sums)
+        except torch.OutOfMemoryError as error:
+            self._stop_unless(self.model.can_retry, error)
+            enough = False
+        if self.peers.any(not enough):
+            return None
+        _, _, *totals = self.peers.sum(sums.beside(sums.total[0]).tolist())
+        means = [total / divisor for total in totals]
+        common = self.task.common(dict(zip(sorted(sums.metrics), means, strict=True)))
+        return [batch | common for batch in batches]
 
     def _accumulate(self, batches: list[Batch], divisor: float, sums: _Sums) -> bool:
         """Backpropagate the loss of all batches, and return whether memory sufficed everywhere.
@@ -161,15 +244,15 @@ class Stepper(Generic[R]):
             return loss
         return loss + (penalty.full_tensor() if isinstance(penalty, DTensor) else penalty)
 
-    def _clip(self) -> Tensor:
-        """Scale the gradients down to the largest norm allowed, and return what it was, ()."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+    def _norm(self) -> Tensor:
+        """Return the norm of all gradients, ()."""
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _clip(self, norm: Tensor) -> None:
+        """Scale the gradients, whose norm is given, down to the largest one allowed."""
         if self.max_grad_norm is not None:
             clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-        return norm
 
     def _stop_unless(self, can_retry: bool, error: torch.OutOfMemoryError, /) -> None:
         """Raise TrainingError where the other processes are already waiting for this one."""

@@ -26,7 +26,8 @@ def _no_penalty() -> None:
     return None
 
 
-def _nothing_to_do(step: int, total: int) -> None:
+def nothing_to_do(step: int, total: int) -> None:
+    """Stand for an `on_step` of nobody: steps may then run ahead of what is read of them."""
     del step, total
 
 
@@ -64,11 +65,14 @@ class Task(Generic[R]):
     """By which the learning rate of a trainable is multiplied; 1 for those not named."""
     block_modules: list[nn.Module] = field(default_factory=list)
     """The model's blocks: what FSDP gathers one after the other."""
+    common: Callable[[Mapping[str, float]], Batch] | None = None
+    """What tells every micro-batch of the whole effective batch: out of the means of its metrics in
+    a forward without gradients it makes keys of a batch. None where no loss needs that."""
     tokens: Callable[[Batch], int] = num_tokens
     """Tokens of a batch, for the throughput."""
     penalty: Callable[[], Tensor | None] = _no_penalty
     """A term () that is added to the mean loss once a step, or None."""
-    on_step: Callable[[int, int], None] = _nothing_to_do
+    on_step: Callable[[int, int], None] = nothing_to_do
     """Called as (step, total) after each update, while the gradients are still there."""
     extra_state: Callable[[], dict[str, JSON]] = _no_state
     """What else decides the steps to come."""

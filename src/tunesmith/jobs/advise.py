@@ -159,6 +159,10 @@ def _measured(found: Findings, row: FoundRow, place: int, whose: str) -> str:
         parts.append(f"{words.size(row.stored_bytes)} stored")
     if row.seconds_per_step:
         parts.append(f"{row.seconds_per_step:.3f} s a step")
+    if row.forgetting is not None:
+        parts.append(f"{row.forgetting:+.2f} nats on general text")
+    if found.one_seed:
+        parts.append("one seed")
     model = found.facts.get("model", "a model")
     return (
         f"measured {whose} ({found.name}, {model}): place {place} of {len(found.trained)}, "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,7 @@ def align(alignment: Alignment, source: str, say: Say) -> dict[str, Any]:
     """
     alignment.directory.mkdir(parents=True, exist_ok=True)
     write_text(alignment.directory / "align.yaml", alignment.to_yaml())
-    for stage in alignment.stages:
-        _run(alignment, stage, source, say)
+    _run_all(alignment, source, say)
     found: dict[str, Any] = {
         "name": alignment.name,
         "model": alignment.run_of(alignment.stages[0], source).model.name,
@@ -55,6 +55,31 @@ def align(alignment: Alignment, source: str, say: Say) -> dict[str, Any]:
     report = write_alignment_report(found, alignment.directory / "report.html")
     say(f"report: {report}")
     return found
+
+
+def _run_all(alignment: Alignment, source: str, say: Say) -> None:
+    """Run the stages in their order, each as soon as those that it needs are done.
+
+    A worker takes stages in their order too, so what one waits for has always been begun.
+    """
+    begun: dict[str, Future[None]] = {}
+
+    def run(stage: Stage, earlier: Mapping[str, Future[None]]) -> None:
+        needed = alignment.needs(stage)
+        for name, other in earlier.items():
+            if name in needed or other.done():
+                other.result()  # where one failed, nothing more is begun
+        _run(alignment, stage, source, say)
+
+    with ThreadPoolExecutor(alignment.at_once) as pool:
+        for stage in alignment.stages:
+            begun[stage.name] = pool.submit(run, stage, dict(begun))
+        try:
+            for future in begun.values():
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _run(alignment: Alignment, stage: Stage, source: str, say: Say) -> None:
@@ -128,26 +153,36 @@ def _judged(alignment: Alignment, say: Say) -> dict[str, Any]:
 
 
 def judging_of(alignment: Alignment) -> Judging:
-    """Return the policies from the base to the final one, with some of its checkpoints."""
+    """Return the policies from the base to the final ones, with some of the last's checkpoints."""
     from tunesmith.engine.checkpoint import checkpoints, step_of
     from tunesmith.jobs.align_judge import BASE, Judging, Policy
 
     assert alignment.judged is not None  # noqa: S101 - see _judged
-    names = [alignment.stages[-1].name]
-    while (before := alignment.stage(names[0]).start) is not None:
-        names.insert(0, before)
-    runs = [alignment.run_directory(name) for name in names]
-    steps = [step_of(path) for path in checkpoints(runs[-1])][:-1]  # the last one is the result
+    finals = alignment.judged.policies or [alignment.stages[-1].name]
+    origins = {name: origin for final in finals for name, origin in _origins(alignment, final)}
+    last = alignment.run_directory(finals[-1])
+    steps = [step_of(path) for path in checkpoints(last)][:-1]  # the last one is the result
     points = alignment.judged.points
     every = max(1, -(-len(steps) // points)) if points else len(steps) + 1
     chosen = steps[every - 1 :: every] if points else []
     return Judging(
         policies=(
-            Policy(BASE, runs[0], tuned=False),
-            *(Policy(name, run) for name, run in zip(names, runs, strict=True)),
-            *(Policy(f"{names[-1]}-step-{step}", runs[-1], step=step) for step in chosen),
+            Policy(BASE, alignment.run_directory(next(iter(origins))), tuned=False),
+            *(
+                Policy(name, alignment.run_directory(name), before=(BASE, *before))
+                for name, before in origins.items()
+            ),
+            *(Policy(f"{finals[-1]}-step-{step}", last, step=step) for step in chosen),
         ),
         judge=tuple(alignment.with_paths(alignment.judge or [])),
         settings=alignment.judged,
         folder=alignment.directory / "judged",
     )
+
+
+def _origins(alignment: Alignment, final: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the stages that lead to `final`, itself last, each with the ones before it."""
+    names = [final]
+    while (before := alignment.stage(names[0]).start) is not None:
+        names.insert(0, before)
+    return [(name, tuple(names[:number])) for number, name in enumerate(names)]

@@ -17,7 +17,7 @@ from tunesmith.jobs.result import load_run
 from tunesmith.jobs.reward_runs import open_reward_run
 from tunesmith.jobs.run_directory import write_json
 from tunesmith.measure.diversity import distinct, self_bleu
-from tunesmith.measure.intervals import bootstrap_interval
+from tunesmith.measure.intervals import bootstrap_interval, wilson_interval
 from tunesmith.rewards.build import build_reward
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class Policy:
     """Whether it is the run's result, or the model that the run started from."""
     step: int | None = None
     """The checkpoint of that step instead of the result."""
+    before: tuple[str, ...] = ()
+    """Names of the policies that it came from, the base first; they are judged too."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Judging:
     """What is to be judged, and by whom."""
 
     policies: tuple[Policy, ...]
-    """From the base to the final policy, then checkpoints of the final one."""
+    """From the base to the final ones, then checkpoints of the last one."""
     judge: tuple[RewardKind, ...]
     settings: JudgedSettings
     folder: Path
@@ -104,7 +106,7 @@ def _ask(judging: Judging, policy: Policy) -> tuple[list[Asked], Said]:
         loaded.tuned.load_state_dict({name: saved[name] for name in loaded.tuned.state_dict()})
     asked = held_out_prompts(settings.prompts, loaded.tokenizer, settings.limit)
     how = Writing(settings.temperature, settings.max_new_tokens, settings.batch_size, settings.seed)
-    return asked, said_by(loaded, [one.input_ids for one in asked], how, tuned=policy.tuned)
+    return asked, said_by(loaded, asked, how, tuned=policy.tuned)
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ class Verdict:
     high: float
     """95 % bootstrap interval of that mean over prompts."""
     won: dict[str, float]
-    """Share of prompts on which the judge prefers its reply to each earlier policy's; a tie counts
-    half."""
+    """Share of prompts on which the judge prefers its reply to that of each policy that it came
+    from; a tie counts half."""
     kl: float | None
     """Mean over prompts of log p - log q of its replies, in nats a reply, p the policy and q what
     its stage started from; an estimate of their KL divergence, which may fall below 0 by chance."""
@@ -131,6 +133,14 @@ class Verdict:
     distinct_1: float | None
     distinct_2: float | None
     self_bleu: float
+    prefers: float | None = None
+    """Where the rows are pairs: share of them whose better reply gained more log-probability than
+    the worse one since its stage began, which is what preference losses ask for."""
+    prefers_low: float | None = None
+    prefers_high: float | None = None
+    """95 % Wilson interval of that share."""
+    likelier: float | None = None
+    """Where the rows are pairs: share of them whose better reply is the likelier one, a token."""
 
 
 def verdicts(judging: Judging) -> list[Verdict]:
@@ -139,12 +149,10 @@ def verdicts(judging: Judging) -> list[Verdict]:
         policy.name: json.loads((judging.folder / f"{policy.name}.json").read_text("utf-8"))
         for policy in judging.policies
     }
-    found = []
-    for number, policy in enumerate(judging.policies):
-        earlier = [p.name for p in judging.policies[:number] if p.step is None]
-        others = {name: read[name]["rewards"] for name in earlier}
-        found.append(_verdict(policy, read[policy.name], others if policy.step is None else {}))
-    return found
+    return [
+        _verdict(p, read[p.name], {name: read[name]["rewards"] for name in p.before})
+        for p in judging.policies
+    ]
 
 
 def _verdict(
@@ -152,7 +160,8 @@ def _verdict(
 ) -> Verdict:
     rewards, replies = found["rewards"], found["replies"]
     interval = bootstrap_interval(rewards)
-    divergences = found["divergences"]
+    divergences, gains, leads = found["divergences"], found.get("gains"), found.get("leads")
+    low, high = wilson_interval(sum(g > 0 for g in gains), len(gains)) if gains else (None, None)
     return Verdict(
         name=policy.name,
         step=policy.step,
@@ -166,6 +175,10 @@ def _verdict(
         distinct_1=_number(distinct(replies, 1)),
         distinct_2=_number(distinct(replies, 2)),
         self_bleu=self_bleu(replies),
+        prefers=share_above_zero(gains) if gains else None,
+        prefers_low=low,
+        prefers_high=high,
+        likelier=share_above_zero(leads) if leads else None,
     )
 
 
@@ -173,6 +186,11 @@ def win_rate(one: Sequence[float], other: Sequence[float]) -> float:
     """Return the share of places at which `one` is larger; an equal one counts half."""
     points = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(one, other, strict=True)]
     return sum(points) / len(points)
+
+
+def share_above_zero(values: Sequence[float]) -> float:
+    """Return the share of values above 0; a 0 counts half."""
+    return win_rate(values, [0.0] * len(values))
 
 
 def side_by_side(judging: Judging, count: int) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,24 +12,29 @@ import torch
 
 from tunesmith.data.collate import Collator
 from tunesmith.data.conversation import Conversation
-from tunesmith.data.formats import layout_of
+from tunesmith.data.converted import all_converted
+from tunesmith.data.formats import Layout, layout_of, renamed
+from tunesmith.data.pairs_rows import replies_of
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RawRow, TokenRow
-from tunesmith.data.sources import locate, read
+from tunesmith.data.sources import locate
 from tunesmith.engine.distribution import connect
 from tunesmith.engine.evaluation import measuring
 from tunesmith.errors import DataError
 from tunesmith.jobs.assemble import choose_dtypes
 from tunesmith.models.chat import prepare_tokenizer
 from tunesmith.models.loading import load_model
+from tunesmith.models.modes import autocasting
 from tunesmith.objectives.log_probs import reply_log_probs
 from tunesmith.rewards.contract import Scored, prompt_text
 from tunesmith.rollout.draw import Drawing
 from tunesmith.rollout.sample import Reply, Stops, sample
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from tunesmith.data.rows import Values
     from tunesmith.data.settings import Source
     from tunesmith.engine.distribution import Peers
     from tunesmith.jobs.result import LoadedRun
@@ -45,6 +50,8 @@ class Asked(NamedTuple):
     columns: dict[str, Any]
     """The row as its file has it."""
     input_ids: list[int]
+    pair: tuple[TokenRow, TokenRow] | None = None
+    """The row's better and worse reply, where it has both and they differ."""
 
     def scored(self, reply: str) -> Scored:
         """Return what a reward is asked of a reply."""
@@ -61,6 +68,12 @@ class Said(NamedTuple):
     """Whether it ended by itself, and not because it was full."""
     divergences: list[float] | None
     """log p(reply) - log q(reply) in nats, under the policy and under what it started from."""
+    gains: list[float] | None
+    """Of each prompt with a pair: by how much log p - log q of the better reply exceeds that of
+    the worse one, in nats: what DPO and its relatives call the difference of implicit rewards."""
+    leads: list[float] | None
+    """Of each prompt with a pair: by how much log p a token of the better reply exceeds that of the
+    worse one."""
 
 
 class Writing(NamedTuple):
@@ -93,18 +106,24 @@ def held_out_prompts(
 def _prompts(sources: Sequence[Source], renderer: Renderer) -> Iterator[Asked]:
     for source in sources:
         located = locate(source)
-        layout = layout_of(located)
-        for raw in read(located):
-            if not isinstance(raw, RawRow):
-                raise DataError(raw.message)
-            try:
-                told = layout.convert(raw.values)
-                prompt = renderer.prompt(told)
-            except DataError as error:
-                raise DataError(f"{raw.place}: {error}") from None
-            if prompt is None or not isinstance(told, Conversation):
-                raise DataError(f"{raw.place}: asks nothing that a policy could reply to")
-            yield Asked(tuple(prompt.messages), raw.values, prompt.input_ids)
+        yield from all_converted(located, partial(_asked, layout_of(located), renderer))
+
+
+def _asked(layout: Layout, renderer: Renderer, raw: RawRow) -> Asked:
+    told = layout.convert(raw.values)
+    prompt = renderer.prompt(told)
+    if prompt is None or not isinstance(told, Conversation):
+        raise DataError("asks nothing that a policy could reply to")
+    source = layout.source
+    pair = _pair(renamed(raw.values, source.columns), source, renderer)
+    return Asked(tuple(prompt.messages), raw.values, prompt.input_ids, pair)
+
+
+def _pair(row: Values, source: Source, renderer: Renderer) -> tuple[TokenRow, TokenRow] | None:
+    if "chosen" not in row or "rejected" not in row:
+        return None
+    better, worse = (renderer.row(reply) for reply in replies_of(row, source))
+    return None if np.array_equal(better.input_ids, worse.input_ids) else (better, worse)
 
 
 class Asking(NamedTuple):
@@ -129,7 +148,7 @@ class Asking(NamedTuple):
     ) -> list[Reply]:
         """Return a reply to each prompt."""
         stops = prepare_tokenizer(self.tokenizer, self.settings).end_of_turn_ids
-        with _autocast(self):
+        with autocasting(self.model.device, self.autocast_dtype):
             return sample(
                 self.model,
                 prompts,
@@ -142,10 +161,9 @@ class Asking(NamedTuple):
             )
 
 
-def said_by(
-    loaded: LoadedRun, prompts: Sequence[Sequence[int]], how: Writing, *, tuned: bool
-) -> Said:
+def said_by(loaded: LoadedRun, asked: Sequence[Asked], how: Writing, *, tuned: bool) -> Said:
     """Return what is replied, and for a tuned policy how far it is from where it started."""
+    prompts = [one.input_ids for one in asked]
     asking = Asking(loaded.tuned.model, loaded.tokenizer, loaded.run.model, loaded.autocast_dtype)
     with nullcontext() if tuned else loaded.tuned.disabled():
         replies = asking.write(prompts, how, seeds_of(how.seed, len(prompts)))
@@ -157,18 +175,43 @@ def said_by(
         )
         for prompt, reply in zip(prompts, replies, strict=True)
     ]
-    divergences = None
-    if tuned:
-        p = _log_probs(asking, rows, how.batch_size, loaded.peers)
-        with loaded.tuned.disabled():
-            q = _log_probs(asking, rows, how.batch_size, loaded.peers)
-        divergences = [one - other for one, other in zip(p, q, strict=True)]
+    judged = [reply for one in asked if one.pair is not None for reply in one.pair]
+    compared = _compared(loaded, asking, rows, judged, batch_size=how.batch_size, tuned=tuned)
     return Said(
         [said_text(loaded.tokenizer, reply.tokens) for reply in replies],
         [len(reply.tokens) for reply in replies],
         [reply.ended for reply in replies],
-        divergences,
+        *compared,
     )
+
+
+class _Compared(NamedTuple):
+    divergences: list[float] | None
+    gains: list[float] | None
+    leads: list[float] | None
+
+
+def _compared(
+    loaded: LoadedRun,
+    asking: Asking,
+    rows: Sequence[TokenRow],
+    judged: Sequence[TokenRow],
+    *,
+    batch_size: int,
+    tuned: bool,
+) -> _Compared:
+    """Return what `Said` holds of the policy's replies and of pairs, better and worse in turn."""
+    every, own = [*rows, *judged], len(rows)
+    with nullcontext() if tuned else loaded.tuned.disabled():
+        p = _log_probs(asking, every, batch_size, loaded.peers)
+    means = p[own:] / [int(row.supervised.sum()) for row in judged]
+    leads = (means[0::2] - means[1::2]).tolist() if judged else None
+    if not tuned:
+        return _Compared(None, None, leads)
+    with loaded.tuned.disabled():
+        ratios = p - _log_probs(asking, every, batch_size, loaded.peers)
+    gains = (ratios[own::2] - ratios[own + 1 :: 2]).tolist() if judged else None
+    return _Compared(ratios[:own].tolist(), gains, leads)
 
 
 def said_text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
@@ -184,18 +227,11 @@ def seeds_of(seed: int, count: int, *, first: int = 0) -> list[int]:
 
 def _log_probs(
     asking: Asking, rows: Sequence[TokenRow], batch_size: int, peers: Peers
-) -> list[float]:
+) -> NDArray[np.float64]:
     collate = Collator(asking.tokenizer.pad_token_id, "right")
     sums: list[float] = []
     for start in range(0, len(rows), batch_size):
         batch = peers.to_device(collate(list(rows[start : start + batch_size])))
-        with measuring(asking.model), _autocast(asking):
+        with measuring(asking.model), autocasting(asking.model.device, asking.autocast_dtype):
             sums += reply_log_probs(asking.model, batch).sums.float().cpu().tolist()
-    return sums
-
-
-def _autocast(asking: Asking) -> contextlib.AbstractContextManager[object]:
-    dtype = asking.autocast_dtype
-    return torch.autocast(
-        asking.model.device.type, dtype or torch.bfloat16, enabled=dtype is not None
-    )
+    return np.array(sums)

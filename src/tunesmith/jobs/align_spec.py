@@ -76,6 +76,8 @@ class JudgedSettings(Settings):
     """Of the sampling, the same for every policy."""
     samples: int = Field(default=8, ge=0)
     """Prompts whose replies the report shows side by side."""
+    policies: list[str] = Field(default_factory=list)
+    """Stages whose policies are judged, with all that they came from; none takes the last stage."""
     points: int = Field(default=6, ge=0)
     """Checkpoints of the final stage that are judged besides, for the picture of the judge's reward
     against KL; the newest `checkpoint.keep` of that stage are there to choose from."""
@@ -92,6 +94,8 @@ class Alignment(Settings):
     """Settings of every stage's run."""
     stages: list[Stage] = Field(min_length=1)
     """In the order in which they are run; the last one trains the final policy."""
+    at_once: int = Field(default=1, ge=1)
+    """Stages that may run at the same time where none of them needs another."""
     judge: list[RewardSettings] | None = None
     """Reward that judges the policies, never one that a stage was trained against: a stage's
     name, the directory of a reward run, or rewards as in `objective.rewards`."""
@@ -122,6 +126,16 @@ class Alignment(Settings):
                         f"before it are: {known}"
                     )
             names.append(stage.name)
+        return self
+
+    @model_validator(mode="after")
+    def _judged_policies_are_stages(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        for name in self.judged.policies if self.judged else []:
+            if name not in names:
+                raise ValueError(
+                    f"judged.policies: {name!r} is no stage; the stages are {', '.join(names)}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -272,7 +272,8 @@ def choose_padding(run: Run, model: PreTrainedModel) -> Literal["free", "right"]
         if wanted:
             raise SpecError("data.packing and engine.padding free need model.attention auto")
         return "right"
-    if enable_segments(model, run.engine.attention):
+    plain = run.engine.speed == "safe" and run.engine.attention == "auto"
+    if enable_segments(model, "varlen" if plain else run.engine.attention):
         return "free"
     if wanted:
         raise ModelError(

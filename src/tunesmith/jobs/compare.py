@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tunesmith.errors import SpecError
+from tunesmith.jobs.comparison_budget import Cost, Plan, Trials, planned
 from tunesmith.jobs.comparison_findings import Row, findings_of, standard_error
 from tunesmith.jobs.comparison_runs import Trial, run_trials
 from tunesmith.jobs.comparison_spec import Comparison, Variant
@@ -34,8 +35,6 @@ MOST_EXTENSIONS: Final = 2
 """Further rates beyond the grid, while the best is at its edge."""
 PROBE_STEPS: Final = 6
 SPEED_STEPS: Final = 20
-LEAST_STEPS: Final = 10
-"""Below which a run under a budget would say nothing."""
 
 
 @dataclass
@@ -78,7 +77,8 @@ def compare(comparison: Comparison, source: Path, say: Say) -> Findings:
     stage = _Stage(comparison, metric, say)
     training = [contest for contest in contests if contest.variant.trains]
     if comparison.budget is not None and training:
-        _allot(stage, training, comparison.budget)
+        seeds = _allot(stage, training, comparison.budget)
+        comparison = stage.comparison = comparison.model_copy(update={"seeds": seeds})
     _search(stage, training)
     for number in range(comparison.seeds):
         if number > 0:
@@ -188,33 +188,48 @@ def _shortened(run: Run, share: float) -> dict[str, Any]:
     return {"epochs": share * run.train.epochs}
 
 
-def _allot(stage: _Stage, contests: Sequence[_Contest], budget: float) -> None:
-    """Give every row as many steps as fit into its equal share of the time.
+def _allot(stage: _Stage, contests: Sequence[_Contest], budget: float) -> int:
+    """Give every row as many steps as fit into its equal share, and return the number of seeds.
 
     Raises:
-        SpecError: fewer than `LEAST_STEPS` fit for some row; says what would be needed.
+        SpecError: too little fits for some row; says what would be needed.
     """
     comparison = stage.comparison
+    rates = comparison.learning_rates + MOST_EXTENSIONS if comparison.learning_rates > 1 else 0
+    asked = Trials(rates, SEARCH_SHARE, comparison.seeds)
     probes = [_trial(c, "probe", train={"max_steps": PROBE_STEPS}) for c in contests]
-    finished = {trial.row: trial for trial in stage.run("probe", probes)}
-    searching = comparison.learning_rates if comparison.learning_rates > 1 else 0
-    runs = len(contests) * (searching * SEARCH_SHARE + comparison.seeds)
-    share = budget * comparison.jobs / runs
+
+    def plan(finished: Sequence[Trial], rows: int) -> Plan:
+        spent = sum(trial.summary()["wall_seconds"] for trial in finished) / comparison.jobs
+        costs = [_cost(trial) for trial in finished]
+        return planned(budget, costs, asked, spent=spent, rows=rows, jobs=comparison.jobs)
+
+    if first := stage.run("probe", probes[:1]):
+        plan(first, len(probes))  # what does not fit one row is said before the others are tried
+    finished = stage.run("probe", probes)
     for contest, probe in zip(contests, probes, strict=True):
-        if contest.variant.title not in finished:
+        if probe not in finished:
             contest.failed = probe.why_failed()
-            continue
-        summary = probe.summary()
-        step = summary["seconds"] / summary["steps"]
-        overhead = summary["wall_seconds"] - summary["seconds"]
-        steps = int((share - overhead) / step)
-        if steps < LEAST_STEPS:
-            needed = (overhead + LEAST_STEPS * step) * runs / comparison.jobs
-            raise SpecError(
-                f"budget: {duration(budget)} leaves {contest.variant.title} {max(steps, 0)} steps "
-                f"a run; {LEAST_STEPS} need {duration(needed)} for all, or compare fewer rows"
-            )
-        contest.run = _changed(contest.run, contest.run.name, {"max_steps": steps}, {})
+    if not finished:
+        return comparison.seeds
+    found = plan(finished, len(finished))
+    steps = {trial.row: count for trial, count in zip(finished, found.steps, strict=True)}
+    for contest in contests:
+        if contest.failed is None:
+            allotted = {"max_steps": steps[contest.variant.title]}
+            contest.run = _changed(contest.run, contest.run.name, allotted, {})
+    few, most = min(found.steps), max(found.steps)
+    stage.say(
+        f"budget: {duration(budget)} leave each row {found.seeds} seed{'s' * (found.seeds != 1)} "
+        f"of {f'{few} to ' * (few < most)}{most} steps"
+    )
+    return found.seeds
+
+
+def _cost(probe: Trial) -> Cost:
+    summary = probe.summary()
+    overhead = summary["wall_seconds"] - summary["seconds"]
+    return Cost(probe.row, overhead, summary["seconds"] / summary["steps"])
 
 
 def _trial(
@@ -338,6 +353,7 @@ def _measure_speed(stage: _Stage, contests: Sequence[_Contest]) -> None:
                 "limit": 4 * contest.run.evaluation.batch_size,
                 "metrics": [],
                 "samples": 0,
+                "general": None,
                 "inference": True,
             },
         )

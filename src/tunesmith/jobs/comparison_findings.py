@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from tunesmith.jobs.run_directory import RunDirectory
 
 RESAMPLES = 1000
-CORPUS_RESAMPLES = 200
-"""For corpus BLEU, which is computed anew on every resample."""
 ERROR_RESAMPLES = 50
 """For a standard error, which needs fewer than an interval's ends."""
 
@@ -61,7 +59,7 @@ def findings_of(name: str, metric: str, rows: Sequence[Row]) -> Findings:
             for r in ranked[1:]
         ]
     failed = [found[row.name] for row in rows if found[row.name].quality is None]
-    facts = _facts(measured[0].runs[0]) if measured else {}
+    facts = _facts(measured[0].runs[0], metric) if measured else {}
     return Findings(name, metric, higher, [*_untuned(measured, metric), *ranked, *failed], facts)
 
 
@@ -126,9 +124,7 @@ def _resampled(rows: Sequence[Row], metric: str) -> dict[str, NDArray[np.float64
     if len(lengths) != 1 or not all(statistics.values()):
         return {}  # the rows were not the same, or nothing is known of each alone
     flat = [statistic for each in statistics.values() for statistic, _ in each]
-    drawn = resampled(
-        flat, lengths.pop(), resamples=CORPUS_RESAMPLES if metric == "bleu" else RESAMPLES
-    )
+    drawn = resampled(flat, lengths.pop(), resamples=RESAMPLES)
     found, start = {}, 0
     for name, each in statistics.items():
         found[name] = over_seeds(drawn[start : start + len(each)])
@@ -160,15 +156,17 @@ def _untuned(rows: Sequence[Row], metric: str) -> list[FoundRow]:
     return []
 
 
-def _facts(run: RunDirectory) -> dict[str, Any]:
+def _facts(run: RunDirectory, metric: str) -> dict[str, Any]:
     """Return what all rows have in common."""
     summary, environment = run.read_json(run.summary), run.read_json(run.environment)
+    judged = statistic_of(run.read_json(run.outcomes), metric) if run.outcomes.exists() else None
     return {
         "model": summary["model"],
         "kind": summary["kind"],
         "objective": summary["objective"],
         "training rows": summary["data"]["train"]["kept"],
         "evaluation rows": summary["data"].get("evaluation", {}).get("kept"),
+        "rows judged": judged.rows if judged else None,
         "hardware": summary["hardware"],
         "started": environment["started"],
         "versions": environment["versions"],

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from tunesmith.spec import Run
 
 _WATCH_SECONDS: Final = 2.0
+
+SAME_STEP: Final = ("speed", "checkpointing", "padding", "attention")
+"""Settings of the engine that say how a step is computed; what it computes is the same but for
+rounding."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +80,20 @@ class Trial:
         return self.run.to_yaml()
 
     def finished(self) -> bool:
-        """Return whether exactly this run lies there whole."""
+        """Return whether this run lies there whole.
+
+        It does where what was asked for then is what is asked for now. Settings that came later
+        had their defaults then, and `auto` in one of `SAME_STEP` is content with any choice.
+        """
         if not (self.directory.summary.is_file() and self.asked.is_file()):
             return False
-        return self._filled(self.asked.read_text(encoding="utf-8")) == self.to_yaml()
+        then = self._as_asked(self.asked.read_text(encoding="utf-8"))
+        return then is not None and _with_choices_of(then, self).to_yaml() == then.to_yaml()
 
-    def _filled(self, asked: str) -> str | None:
-        """Return what `asked` says with the defaults of settings that came later; None for none.
-
-        So a run that an earlier version finished still is this one, if no setting says otherwise.
-        """
+    def _as_asked(self, text: str) -> Trial | None:
+        """Return the trial that `text` asked for; None where it is not understood any more."""
         try:
-            values = yaml.safe_load(asked)
+            values = yaml.safe_load(text)
             features, prompting = values.pop("features", None), values.pop("prompting", None)
             return Trial(
                 self.row,
@@ -95,7 +101,7 @@ class Trial:
                 self.keep,
                 None if features is None else FeatureSettings.model_validate(features),
                 None if prompting is None else PromptingSettings.model_validate(prompting),
-            ).to_yaml()
+            )
         except (yaml.YAMLError, AttributeError, SpecError, ValidationError):
             return None
 
@@ -107,6 +113,14 @@ class Trial:
         """Return the evidence of the finished run."""
         found: dict[str, Any] = self.directory.read_json(self.directory.summary)
         return found
+
+
+def _with_choices_of(finished: Trial, asked: Trial) -> Trial:
+    """Return `asked` with what `finished` chose wherever it asks for `auto` in `SAME_STEP`."""
+    engine = asked.run.engine.model_dump(include=set(SAME_STEP))
+    chosen = finished.run.engine.model_dump(include={k for k, v in engine.items() if v == "auto"})
+    run = asked.run.model_copy(update={"engine": asked.run.engine.model_copy(update=chosen)})
+    return replace(asked, run=run)
 
 
 def run_trials(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from tunesmith.measure import classification as measure
-from tunesmith.measure.text import bleu
+from tunesmith.measure.text import bleu_counts, bleu_of_counts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,11 +50,8 @@ def statistic_of(outcomes: Mapping[str, Any], metric: str) -> Measured | None:
         values = np.asarray(scores, dtype=np.float64)
         return Measured(lambda chosen: float(values[chosen].mean()), len(values))
     if metric == "bleu" and outcomes.get("replies"):
-        replies, references = outcomes["replies"], outcomes["references"]
-        return Measured(
-            lambda chosen: bleu([replies[i] for i in chosen], [references[i] for i in chosen]),
-            len(replies),
-        )
+        counts = bleu_counts(outcomes["replies"], outcomes["references"])
+        return Measured(lambda chosen: bleu_of_counts(counts[chosen]), len(counts))
     found = outcomes.get("predictions")
     if not found or metric not in WHOLE[found["kind"]]:
         return None

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from tunesmith.errors import DataError
 from tunesmith.jobs.assemble import assembled_from
 from tunesmith.jobs.examine_labels import examiner_of
+from tunesmith.jobs.examine_replies import ReplyExaminer
 from tunesmith.jobs.labelled import read_data
 from tunesmith.jobs.reference import with_reference
 from tunesmith.jobs.result import load_run
 from tunesmith.jobs.run_directory import write_json
+from tunesmith.objectives.sampling import FromReplies
 
 if TYPE_CHECKING:
     from tunesmith.data.prepare import PreparedData
@@ -43,7 +45,10 @@ def evaluate(
     loaded = load_run(path, overrides)
     prepared = _prepare(loaded, data)
     assembled = with_reference(assembled_from(loaded, prepared), loaded.peers)
-    examiner = examiner_of(assembled, loaded.peers)
+    replies = isinstance(loaded.run.objective, FromReplies)
+    examiner = (ReplyExaminer if replies else examiner_of)(assembled, loaded.peers)
+    if not examiner.has_rows:
+        raise DataError("data.evaluation: the run has no evaluation rows; name a file with --data")
     metrics = {}
     if base:
         with loaded.tuned.disabled():
@@ -58,10 +63,7 @@ def _prepare(loaded: LoadedRun, data: str | None) -> PreparedData:
     run = loaded.run
     if data is not None:
         run = run.model_copy(update={"data": _pointed_at(run.data, data)})
-    _, prepared = read_data(run, loaded.tokenizer)
-    if not prepared.evaluation:
-        raise DataError("data.evaluation: the run has no evaluation rows; name a file with --data")
-    return prepared
+    return read_data(run, loaded.tokenizer)[1]
 
 
 def _pointed_at(settings: DataSettings, data: str) -> DataSettings:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar, cast
 
-import torch
 from torch import nn
 
 from tunesmith.engine.evaluation import mean_loss
 from tunesmith.engine.events import Listener, Sampled
 from tunesmith.errors import SpecError
+from tunesmith.jobs.batches import interleave
 from tunesmith.measure.choices import choose
 from tunesmith.measure.text import bleu, exact_match, rouge_l
+from tunesmith.models.modes import autocasting
 from tunesmith.objectives import SFT
 from tunesmith.rollout.generate import generate
 
@@ -108,7 +108,7 @@ class Examiner:
         if "accuracy" in metrics:
             metrics["token_accuracy"] = metrics.pop("accuracy")
         prompts = chosen(data.prompts, settings)
-        with self._autocast():
+        with autocasting(self.peers.device, self.assembled.autocast_dtype):
             if "accuracy" in settings.metrics:
                 metrics["accuracy"] = self._accuracy(prompts)
             metrics |= self._score_replies(prompts)
@@ -187,10 +187,6 @@ class Examiner:
         self.outcomes["accuracy"] = list(scores)
         return sum(scores) / len(scores)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = self.assembled.autocast_dtype
-        return torch.autocast(self.peers.device.type, dtype) if dtype else nullcontext()
-
     def _tell(self, step: int) -> None:
         for reply in self.replies:
             event = Sampled(
@@ -209,9 +205,3 @@ def chosen(rows: Sequence[T], settings: EvaluationSettings) -> Sequence[T]:
     """Return the evaluation rows (or prompts) that the settings ask for."""
     start, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[settings.rows]
     return rows[start::step][: settings.limit]
-
-
-def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
-    """Return what processes made of items [rank::size] in the items' order."""
-    total = sum(len(share) for share in shares)
-    return [shares[index % len(shares)][index // len(shares)] for index in range(total)]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.engine.evaluation import measuring
-from tunesmith.errors import SpecError
+from tunesmith.jobs.batches import over_batches
 from tunesmith.jobs.examine import Examiner, Reply, chosen, shown
+from tunesmith.jobs.examine_heads import HeadExaminer
 from tunesmith.jobs.examine_rewards import RewardExaminer
 from tunesmith.jobs.labelled import classifies
 from tunesmith.measure import classification as measure
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from tunesmith.engine.distribution import Peers
     from tunesmith.jobs.assemble import Assembled
     from tunesmith.measure.intervals import Interval
-    from tunesmith.types import JSON, Batch, Collate
+    from tunesmith.types import JSON, Batch
 
 Losses: TypeAlias = list[tuple[float, float]]
 LARGEST_MATRIX = 50
@@ -119,31 +118,11 @@ def _confusion(
     return {"confusion": {"labels": list(labels), "matrix": matrix.tolist()}}
 
 
-@dataclass
-class LabelExaminer:
+class LabelExaminer(HeadExaminer):
     """Measures the assembled classifier as it is; call it as often as wanted."""
 
-    assembled: Assembled
-    peers: Peers
-    replies: list[Reply] = field(default_factory=list, init=False)
-    """What the last examination said of the first `evaluation.samples` rows."""
-    outcomes: dict[str, JSON] = field(default_factory=dict, init=False)
-    """Of the last examination, what each row scored: metric to scores."""
-    evidence: dict[str, JSON] = field(default_factory=dict, init=False)
-    """Of the last examination: 95 % intervals of the metrics, the confusion matrix."""
-
-    def __post_init__(self) -> None:
-        """Check that what is to be measured can be.
-
-        Raises:
-            SpecError: a metric of generated replies is asked for.
-        """
-        generated = [name for name in self.assembled.run.evaluation.metrics if name != "accuracy"]
-        if generated:
-            raise SpecError(
-                f"evaluation.metrics: {generated[0]} compares generated replies, and a classifier "
-                "gives none; leave it out (its own metrics are always measured)"
-            )
+    model: ClassVar[str] = "classifier"
+    may_ask: ClassVar[frozenset[str]] = frozenset({"accuracy"})
 
     @property
     def objective(self) -> Classification | TokenClassification:
@@ -151,11 +130,6 @@ class LabelExaminer:
         objective = self.assembled.run.objective
         assert isinstance(objective, Classification | TokenClassification)  # noqa: S101
         return objective
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether there is anything to measure on."""
-        return len(self.assembled.data.evaluation) > 0
 
     def examine(self, step: int | None = None) -> dict[str, float]:
         """Return all metrics of the model as it is now; every process calls this alike."""
@@ -168,25 +142,17 @@ class LabelExaminer:
 
     def judge(self, rows: Sequence[TokenRow]) -> Judged:
         """Return loss, outputs and truth of `rows`; each process judges its share."""
-        size = self.assembled.run.evaluation.batch_size
-        objective, program = self.objective, self.assembled.program
-        dtype, device = self.assembled.autocast_dtype, self.peers.device
-        mine: list[tuple[int, Losses, list[NDArray[np.float32]], list[NDArray[Any]]]] = []
-        collate = cast("Collate[TokenRow]", self.assembled.collate)
-        with measuring(program):
-            for start in range(0, len(rows), size)[self.peers.rank :: self.peers.size]:
-                some = list(rows[start : start + size])
-                batch = self.peers.to_device(collate(some))
-                with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                    logits = objective.logits(program.model, batch)
-                    losses = self._losses(logits, batch)
-                mine.append((start, losses, *_rows_of(logits, batch["labels"])))
-        shares = self.peers.gather(mine)
-        parts = sorted((part for share in shares for part in share), key=lambda part: part[0])
+        objective, model = self.objective, self.assembled.program.model
+
+        def judged(_: list[TokenRow], batch: Batch) -> Judged:
+            logits = objective.logits(model, batch)
+            return Judged(self._losses(logits, batch), *_rows_of(logits, batch["labels"]))
+
+        parts = over_batches(self.assembled, self.peers, rows, judged)
         return Judged(
-            [row for _, losses, _, _ in parts for row in losses],
-            [row for _, _, logits, _ in parts for row in logits],
-            [row for _, _, _, targets in parts for row in targets],
+            [row for part in parts for row in part.losses],
+            [row for part in parts for row in part.logits],
+            [row for part in parts for row in part.targets],
         )
 
     def _losses(self, logits: torch.Tensor, batch: Batch) -> Losses:

@@ -74,18 +74,19 @@ class ReplyExaminer:
         count = len(found)
         kl = lessons_of(self.assembled, self.peers).kl_of(found)
         scores = [w.score for w in found]
-        self.outcomes = {"reward": list(scores), "kl": list(kl)}
         self.replies = [
             Reply(w.asked.text, _known(w.asked), w.text)
             for w in found[: self.assembled.run.evaluation.samples]
         ]
-        parts = {
-            f"reward_{name}": sum(w.parts[name] for w in found) / count
+        parts: dict[str, list[float]] = {
+            f"reward_{name}": [w.parts[name] for w in found]
             for name in (self.reward.labels if len(self.reward.labels) > 1 else ())
         }
+        self.outcomes = {"reward": list(scores), "kl": list(kl)}
+        self.outcomes |= {name: list(values) for name, values in parts.items()}
         return {
             "reward": sum(scores) / count,
-            **parts,
+            **{name: sum(values) / count for name, values in parts.items()},
             "kl": sum(kl) / count,
             "length": sum(len(w.reply) for w in found) / count,
             "ended": sum(w.ended for w in found) / count,

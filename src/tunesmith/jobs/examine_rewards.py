@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from tunesmith.engine.evaluation import mean_loss, measuring
-from tunesmith.errors import SpecError
+from tunesmith.engine.evaluation import mean_loss
+from tunesmith.jobs.batches import over_batches
 from tunesmith.jobs.examine import Reply, chosen, shown
-from tunesmith.jobs.reference import judged_collator
+from tunesmith.jobs.examine_heads import HeadExaminer
+from tunesmith.jobs.reference import by_row, judged_collator
 from tunesmith.measure import rewards as measure
 from tunesmith.measure.classification import pearson, spearman
 from tunesmith.measure.intervals import wilson_interval
@@ -23,9 +21,7 @@ from tunesmith.objectives import Reward
 
 if TYPE_CHECKING:
     from tunesmith.data.pairs import PairRow
-    from tunesmith.engine.distribution import Peers
-    from tunesmith.jobs.assemble import Assembled
-    from tunesmith.types import JSON
+    from tunesmith.types import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -33,40 +29,16 @@ MOSTLY_LENGTH: Final = 0.7
 """Correlation of reward and length from which on the reward says little else."""
 
 
-@dataclass
-class RewardExaminer:
+class RewardExaminer(HeadExaminer):
     """Measures the assembled reward model as it is; call it as often as wanted."""
 
-    assembled: Assembled
-    peers: Peers
-    replies: list[Reply] = field(default_factory=list, init=False)
-    """What the last examination said of the first `evaluation.samples` rows."""
-    outcomes: dict[str, JSON] = field(default_factory=dict, init=False)
-    """Of the last examination, what each row scored: metric to scores."""
-    evidence: dict[str, JSON] = field(default_factory=dict, init=False)
-    """Of the last examination: intervals, accuracy by margin, calibration, histogram."""
-
-    def __post_init__(self) -> None:
-        """Check that what is to be measured can be.
-
-        Raises:
-            SpecError: a metric of generated replies is asked for.
-        """
-        if names := list(self.assembled.run.evaluation.metrics):
-            raise SpecError(
-                f"evaluation.metrics: {names[0]} compares generated replies, and a reward model "
-                "gives none; leave it out (its own metrics are always measured)"
-            )
+    model: ClassVar[str] = "reward model"
+    may_ask: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def objective(self) -> Reward:
         """What the head learned."""
         return cast("Reward", self.assembled.run.objective)
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether there is anything to measure on."""
-        return len(self.assembled.data.evaluation) > 0
 
     def examine(self, step: int | None = None) -> dict[str, float]:
         """Return all metrics of the model as it is now; every process calls this alike."""
@@ -95,20 +67,13 @@ class RewardExaminer:
 
     def rewards(self, rows: Sequence[PairRow]) -> list[NDArray[np.float64]]:
         """Return the reward of each reply, a row (replies,); each process judges its share."""
-        size, model = self.assembled.run.evaluation.batch_size, self.assembled.tuned.model
-        dtype, device = self.assembled.autocast_dtype, self.peers.device
-        mine: list[tuple[int, list[NDArray[Any]]]] = []
-        with measuring(self.assembled.program):
-            for start in range(0, len(rows), size)[self.peers.rank :: self.peers.size]:
-                some = list(rows[start : start + size])
-                batch = self.peers.to_device(judged_collator(self.assembled)(some))
-                with torch.autocast(device.type, dtype) if dtype else nullcontext():
-                    found = self.objective.rewards(model, batch).double().cpu().numpy()
-                bounds = np.cumsum([len(row.segments) for row in some])[:-1]
-                mine.append((start, np.split(found, bounds)))
-        shares = self.peers.gather(mine)
-        parts = sorted((part for share in shares for part in share), key=lambda part: part[0])
-        return [reward for _, some in parts for reward in some]
+        model = self.assembled.tuned.model
+
+        def rewards(some: list[PairRow], batch: Batch) -> list[NDArray[np.float64]]:
+            return by_row(some, self.objective.rewards(model, batch).double())
+
+        parts = over_batches(self.assembled, self.peers, rows, rewards)
+        return [reward for part in parts for reward in part]
 
     def _of_pairs(
         self, rows: Sequence[PairRow], rewards: Sequence[NDArray[np.float64]]

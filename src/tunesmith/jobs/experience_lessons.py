@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tunesmith.data.collate_replies import ReplyRow, reply_row
 from tunesmith.engine.evaluation import measuring
-from tunesmith.jobs.examine import interleave
+from tunesmith.jobs.batches import interleave
 from tunesmith.objectives.advantages import (
     AdaptiveKL,
     generalised_advantages,

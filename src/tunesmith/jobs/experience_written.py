@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tunesmith.jobs.examine import interleave
+from tunesmith.engine.compiled import compiles
+from tunesmith.jobs.batches import interleave
 from tunesmith.objectives.sampling import FromReplies
 from tunesmith.rewards.contract import Scored
 from tunesmith.rollout.draw import Drawing, row_seeds
@@ -89,6 +90,7 @@ def _sampled(
             drawing=drawing,
             batch_size=settings.batch_size,
             decoding=settings.decoding,
+            compiled=compiles(assembled.run.engine, peers.device, sharded=False),
         )
     return [(reply.tokens, reply.log_probs, reply.ended) for reply in replies]
 

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import torch
 
 from tunesmith.engine.distribution import connect
-from tunesmith.engine.memory import peak_memory
 from tunesmith.errors import SpecError
-from tunesmith.jobs.environment import environment, hardware
+from tunesmith.jobs.environment import environment
 from tunesmith.jobs.examine import chosen
 from tunesmith.jobs.examine_labels import JudgedClasses, judge_classes
 from tunesmith.jobs.features_classify import Fitted, Integers, fit, require_classifiers
@@ -21,6 +19,7 @@ from tunesmith.jobs.features_embed import Embedder
 from tunesmith.jobs.features_spec import FeatureRun
 from tunesmith.jobs.labelled import class_weights, head_of_run, read_data
 from tunesmith.jobs.run_directory import RunDirectory, check_free, clear, write_json, write_text
+from tunesmith.jobs.summary import without_steps
 from tunesmith.models.chat import prepare_tokenizer
 from tunesmith.models.loading import load_tokenizer
 from tunesmith.models.skeleton import kind_of, skeleton
@@ -170,15 +169,10 @@ def _targets(rows: Sequence[LabelledRow]) -> Integers:
 def _summary(embedder: Embedder, learned: _Learned, *, wall_seconds: float) -> dict[str, JSON]:
     """Return summary.json: training's keys, as far as they mean something without steps."""
     run, device, fitted = embedder.job.run, embedder.peers.device, learned.fitted
-    data: dict[str, JSON] = {"train": embedder.prepared.train_report.to_json()}
-    if embedder.prepared.evaluation_report is not None:
-        data["evaluation"] = embedder.prepared.evaluation_report.to_json()
     backbone = skeleton(run.model, head=head_of_run(run)).base_model
     return {
-        "name": run.name,
-        "model": run.model.name,
+        **without_steps(run, embedder.prepared, device),
         "method": "features",
-        "objective": run.objective.name,
         "kind": kind_of(backbone.config),
         "features": {
             "pooling": embedder.pooling,
@@ -186,21 +180,13 @@ def _summary(embedder: Embedder, learned: _Learned, *, wall_seconds: float) -> d
             "classifier": embedder.job.features.classifier,
             "C": fitted.C,
         },
-        "before": {},
         "after": dict(learned.metrics),
-        "steps": 0,
         "seconds": round(learned.seconds, 2),
         "wall_seconds": round(wall_seconds, 2),
         "tokens": embedder.tokens,
         "tokens_per_second": round(embedder.tokens / max(learned.seconds, 1e-9), 1),
-        "peak_memory_bytes": peak_memory(device),
-        "peak_process_bytes": peak_memory(torch.device("cpu")),
-        "peak_device_bytes": None if device.type == "cpu" else peak_memory(device),
         "trainable_parameters": fitted.coefficients,
         "total_parameters": sum(parameter.numel() for parameter in backbone.parameters()),
-        "data": data,
-        "proofs": [],
-        "hardware": hardware(),
         **learned.evidence,
     }
 

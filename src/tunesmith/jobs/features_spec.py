@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 
 ClassifierName = Literal["logistic_regression", "linear_svm", "random_forest", "gradient_boosting"]
 
-IDLE: Final = {"method", "train", "checkpoint", "tracking"}
+_IDLE: Final = {"method", "train", "checkpoint", "tracking"}
 """Sections of a run file that say how to train, which nothing does here."""
+
+
+def file_without_steps(run: Run, section: str, settings: Settings) -> str:
+    """Return the run file of a run that takes no steps, with a section of its own."""
+    values = run.model_dump(mode="json", exclude=_IDLE)
+    values[section] = settings.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 class FeatureSettings(Settings):
@@ -49,9 +56,7 @@ class FeatureRun:
 
     def to_yaml(self) -> str:
         """Return the file that says exactly this."""
-        values = self.run.model_dump(mode="json", exclude=IDLE)
-        values["features"] = self.features.model_dump(mode="json")
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return file_without_steps(self.run, "features", self.features)
 
 
 def load_feature_file(path: str | Path, overrides: Sequence[str] = ()) -> FeatureRun:

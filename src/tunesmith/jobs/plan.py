@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -12,14 +13,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.engine.blocks import training_blocks
-from tunesmith.errors import SpecError
+from tunesmith.errors import SetupError, SpecError
 from tunesmith.jobs.assemble import Program, attach_seeded, choose_dtypes
-from tunesmith.jobs.labelled import classifies
+from tunesmith.jobs.full_batch import full_batch, require_batch, sequences_a_row, side_by_side
+from tunesmith.jobs.labelled import has_head, head_of_run, reads_rows
 from tunesmith.measure.memory_plan import MemoryPlan, Strategy, shared_out
+from tunesmith.measure.process_heap import give_back
 from tunesmith.measure.simulated_codes import Held, hold_codes
+from tunesmith.measure.simulated_graph import Graphs, SimulatedGraph
 from tunesmith.measure.simulated_memory import StepMemory, simulate_step
+from tunesmith.models.attention import has_segments, suppose_segments
 from tunesmith.models.context import context_length
-from tunesmith.models.heads import Head
+from tunesmith.models.quantize import require_quantiser
 from tunesmith.models.skeleton import skeleton
 
 if TYPE_CHECKING:
@@ -28,14 +33,15 @@ if TYPE_CHECKING:
     from tunesmith.jobs.assemble import Dtypes
     from tunesmith.methods.counts import ParameterCounts
     from tunesmith.methods.tuned import TunedModel
+    from tunesmith.models.heads import Head
     from tunesmith.spec import Run
     from tunesmith.types import Batch
 
-_ADAM_BYTES: Final = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}
-"""Of both moments, a parameter: float32, or 8-bit codes with two float32 scales a block of 256
-(Dettmers et al. 2022, arXiv:2110.02861)."""
+_8BIT: Final = 2.0 + 8 / 256
+"""Bytes of both of Adam's moments, a parameter, as 8-bit codes with two float32 scales a block of
+256 (Dettmers et al. 2022, arXiv:2110.02861)."""
 _SMALL: Final = 4096
-"""Tensors below so many parameters keep their moments in float32, also with 8-bit codes."""
+"""Tensors below so many parameters keep their moments uncoded, also with 8-bit codes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Plan:
     device: str
     """`cuda` or `cpu`."""
     tokens: tuple[int, int]
-    """Rows and tokens a row of the micro-batch that was simulated."""
+    """Rows of the micro-batch that was simulated, and tokens of each of a row's sequences."""
     alone: MemoryPlan
     """On one device."""
     block_bytes: int
@@ -74,13 +80,15 @@ def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
     """
     if device not in {"cuda", "cpu"}:
         raise SpecError(f"--device: {device!r} is none to plan for; use cuda or cpu")
+    require_batch(run)
     dtypes = choose_dtypes(_decided(run, device), torch.device(device))
+    process = _process(run) if device == "cpu" else 0
     tuned = _attached(run, dtypes)
     tuned.model.train()
     rows = run.train.batch_size
     length = min(length or run.data.max_length, context_length(tuned.model) or sys.maxsize)
     counts = tuned.parameter_counts()
-    trained = sum(p.numel() * 4 for p in tuned.trainable().values())
+    trained = sum(p.nbytes for p in tuned.trainable().values())
     gradients = trained
     optimizer = round(sum(_state_bytes(p, run) for p in tuned.trainable().values()))
     block = _largest_block(tuned)
@@ -89,7 +97,7 @@ def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
     frozen = step.parameters - trained
     activations = step.activations
     if run.engine.checkpointing == "offload":
-        activations -= _inputs_away(tuned, dtypes, rows * length)
+        activations -= _inputs_away(tuned, dtypes, rows * sequences_a_row(run) * length)
     transient = step.transient
     if run.train.accumulation_steps > 1:
         transient += gradients  # those of the micro-batches before stay while the next one runs
@@ -100,9 +108,18 @@ def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
         optimizer=optimizer,
         activations=activations,
         transient=transient,
-        process=psutil.Process().memory_info().rss if device == "cpu" else 0,
+        process=process,
+        holes=step.holes,
     )
     return Plan(run, counts, device, (rows, length), alone, block)
+
+
+def _process(run: Run) -> int:
+    """Return the bytes of this process with the libraries that the run loads."""
+    with suppress(SetupError):  # where the run cannot be, it can still be planned
+        require_quantiser(run.model, "cpu")
+    give_back()
+    return int(psutil.Process().memory_info().rss)
 
 
 def _decided(run: Run, device: str) -> Run:
@@ -121,16 +138,23 @@ def _decided(run: Run, device: str) -> Run:
 
 
 def head_of(run: Run) -> Head | None:
-    """Return the head of a classifier, with two classes where they are not known yet."""
-    if not classifies(run):
-        return None
-    labels = getattr(run.objective, "labels", None) or ["0", "1"]
-    return Head(run.objective.head, tuple(labels))  # type: ignore[arg-type]  # not causal_lm
+    """Return the head of the run's model, with two classes where they are not known yet."""
+    if has_head(run) and getattr(run.objective, "labels", ()) is None:
+        objective = run.objective.model_copy(update={"labels": ["0", "1"]})
+        run = run.model_copy(update={"objective": objective})
+    return head_of_run(run)
 
 
 def _attached(run: Run, dtypes: Dtypes) -> TunedModel:
     plain = run.model.model_copy(update={"quantize": "none"})
-    return attach_seeded(skeleton(plain, dtype=dtypes.weights, head=head_of(run)), run)
+    model = skeleton(plain, dtype=dtypes.weights, head=head_of(run))
+    if (
+        not reads_rows(run, model)
+        and run.engine.padding != "right"
+        and run.model.attention == "auto"
+    ):
+        suppose_segments(model)
+    return attach_seeded(model, run)
 
 
 def _simulated(
@@ -139,38 +163,36 @@ def _simulated(
     model, program = tuned.model, Program(tuned.model, run.objective)
     mixed = any(part.attachment.trains_base for part in tuned.parts)
     blocks = [model.get_submodule(block.path) for block in tuned.sites.blocks]
-    # No data, so nothing to compile; `auto` keeps everything, as it does at first. What offloading
-    # sends away is taken off afterwards: here all memory is one.
-    settings: dict[str, str] = {"speed": "safe"}
-    if run.engine.checkpointing == "offload":
-        settings["checkpointing"] = "full"
-    engine = run.engine.model_copy(update=settings)
-    with training_blocks(model, blocks, engine, device=torch.device("cpu")):
+    # `auto` keeps everything, as it does at first. What offloading sends away is taken off
+    # afterwards: here all memory is one.
+    away = run.engine.checkpointing == "offload"
+    engine = run.engine.model_copy(update={"checkpointing": "full"} if away else {})
+    graphs: Graphs = {}
+    with training_blocks(
+        model,
+        blocks,
+        engine,
+        device=torch.device(device),
+        stand_in=lambda block: SimulatedGraph(block, graphs),
+    ):
         return simulate_step(
             model,
-            lambda: full_batch(run, model, shape),
+            lambda: _batch(run, model, shape),
             lambda batch: program(batch).total,
             autocast=dtypes.autocast(mixed=mixed),
             device=device,
         )
 
 
-def full_batch(run: Run, model: PreTrainedModel, shape: tuple[int, int]) -> Batch:
-    """Return a full batch of this shape, with what the objective reads."""
-    ids = torch.zeros(shape, dtype=torch.int64)
-    if classifies(run):
-        labels = ids if run.objective.head == "token_classification" else ids[:, 0]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    if model.config.is_encoder_decoder:
-        mask = torch.ones_like(ids)
-        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "labels": ids}
-    positions = torch.arange(shape[1])[None].expand(shape)
-    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+def _batch(run: Run, model: PreTrainedModel, shape: tuple[int, int]) -> Batch:
+    batch = full_batch(run, model, shape)
+    return side_by_side(batch) if has_segments(model) else batch
 
 
 def _state_bytes(parameter: nn.Parameter, run: Run) -> float:
-    small = parameter.numel() < _SMALL
-    return parameter.numel() * _ADAM_BYTES["adamw" if small else run.train.optimizer]
+    if run.train.optimizer == "adamw_8bit" and parameter.numel() >= _SMALL:
+        return parameter.numel() * _8BIT
+    return 2 * parameter.nbytes  # in the parameter's own dtype
 
 
 def _hold_codes(tuned: TunedModel, run: Run, device: str) -> None:

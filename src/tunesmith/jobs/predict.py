@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.classification import tokenised_examples
@@ -29,6 +28,7 @@ from tunesmith.jobs.run_directory import RunDirectory, open_finished
 from tunesmith.jobs.score import conversation_of, conversations_in, score
 from tunesmith.measure.classification import sigmoid, softmax
 from tunesmith.models.heads import reads_last_token
+from tunesmith.models.modes import autocasting
 from tunesmith.objectives import Classification, Reward, TokenClassification
 from tunesmith.types import IGNORE
 
@@ -191,11 +191,8 @@ def _outputs(loaded: LoadedRun, texts: Sequence[str]) -> list[NDArray[np.float32
         positions=reads_last_token(model),
     )
     batch = loaded.peers.to_device(collate(rows))
-    device, dtype = loaded.peers.device.type, loaded.autocast_dtype
-    with (
-        measuring(Program(model, objective)),
-        torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None),
-    ):
+    program = Program(model, objective)
+    with measuring(program), autocasting(loaded.peers.device, loaded.autocast_dtype):
         logits = objective.logits(model, batch).float().cpu().numpy()
     if kind != "tokens":
         return list(logits)

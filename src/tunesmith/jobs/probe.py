@@ -16,9 +16,10 @@ from tunesmith.engine.memory import memory_now, peak_memory, reset_peak
 from tunesmith.engine.optimizer import build_optimizer
 from tunesmith.errors import SpecError
 from tunesmith.jobs.assemble import Program, attach_seeded, choose_dtypes, choose_padding
-from tunesmith.jobs.labelled import classifies
-from tunesmith.jobs.plan import Plan, full_batch, head_of, plan
+from tunesmith.jobs.full_batch import full_batch, side_by_side
+from tunesmith.jobs.plan import Plan, head_of, plan
 from tunesmith.measure.growth import Growth, growth_of
+from tunesmith.measure.process_heap import give_back
 from tunesmith.measure.simulated_memory import bytes_left
 from tunesmith.models.loading import load_model, locate
 from tunesmith.models.quantize import quantise
@@ -132,13 +133,14 @@ def ready(run: Run, device: torch.device, *, real_weights: bool) -> Iterator[Sta
         real_weights: load the model; else its shape is filled with random numbers on the device.
     """
     model = _model(run, device, real_weights=real_weights)
-    padding_free = not classifies(run) and choose_padding(run, model) == "free"
+    padding_free = choose_padding(run, model) == "free"
     tuned = attach_seeded(model, run)
     model.train()
     blocks = [model.get_submodule(block.path) for block in tuned.sites.blocks]
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    give_back()
     with training_blocks(model, blocks, run.engine, device=device) as running:
         yield Stage(run, device, tuned, running, padding_free=padding_free)
 
@@ -207,20 +209,7 @@ class Stage:
 
     def _batch(self, rows: int, length: int) -> Batch:
         batch = full_batch(self.run, self.tuned.model, (rows, length))
-        return _side_by_side(batch, rows, length) if self.padding_free else batch
-
-
-def _side_by_side(batch: Batch, rows: int, length: int) -> Batch:
-    """Return rows as segments of one, as training lays them out where it can."""
-    bounds = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
-    flat = {name: batch[name].reshape(1, -1) for name in ("input_ids", "labels") if name in batch}
-    return flat | {
-        "position_ids": torch.arange(length).repeat(rows)[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds.clone(),
-        "max_length_q": length,
-        "max_length_k": length,
-    }
+        return side_by_side(batch) if self.padding_free else batch
 
 
 def _to(device: torch.device, batch: Batch) -> Batch:

@@ -7,19 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from tunesmith.data.prepare import Evaluation
 from tunesmith.data.render import Renderer
 from tunesmith.data.shots import choose_examples, with_examples
 from tunesmith.engine.distribution import connect
-from tunesmith.engine.memory import peak_memory
 from tunesmith.errors import DataError, SpecError
 from tunesmith.jobs.assemble import Assembled, assemble
-from tunesmith.jobs.environment import environment, hardware
+from tunesmith.jobs.environment import environment
 from tunesmith.jobs.examine import Examiner
 from tunesmith.jobs.run_directory import RunDirectory, check_free, clear, write_json, write_text
 from tunesmith.jobs.side_effects import general_loss
+from tunesmith.jobs.summary import without_steps
 from tunesmith.models.context import context_length
 from tunesmith.models.skeleton import config_of, kind_of
 from tunesmith.objectives import SFT
@@ -150,31 +148,17 @@ def _summary(
     """Return summary.json: training's keys, as far as they mean something without steps."""
     assembled = asked.assembled
     run, model = assembled.run, assembled.tuned.model
-    report = assembled.data.evaluation_report
     return {
-        "name": run.name,
-        "model": run.model.name,
+        **without_steps(run, assembled.data, model.device),
         "method": "prompting",
-        "objective": run.objective.name,
         "kind": kind_of(model.config),
         "prompting": {"shots": shots, "tokens_added": round(asked.added, 1)},
-        "before": {},
         "after": dict(metrics),
-        "steps": 0,
         "seconds": round(seconds, 2),
         "tokens_per_second": None,
-        "peak_memory_bytes": peak_memory(model.device),
-        "peak_process_bytes": peak_memory(torch.device("cpu")),
-        "peak_device_bytes": None if model.device.type == "cpu" else peak_memory(model.device),
         "trainable_parameters": 0,
         "total_parameters": assembled.tuned.parameter_counts().base,
         "result_bytes": 0,
-        "data": {
-            "train": assembled.data.train_report.to_json(),
-            "evaluation": report.to_json() if report else None,
-        },
-        "proofs": [],
-        "hardware": hardware(),
     }
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import yaml
 from pydantic import Field
 
-from tunesmith.jobs.features_spec import IDLE
+from tunesmith.jobs.features_spec import file_without_steps
 from tunesmith.settings import Settings
 from tunesmith.spec import Run
 
@@ -30,6 +29,4 @@ class PromptingRun:
 
     def to_yaml(self) -> str:
         """Return the file that says exactly this."""
-        values = self.run.model_dump(mode="json", exclude=IDLE)
-        values["prompting"] = self.prompting.model_dump(mode="json")
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return file_without_steps(self.run, "prompting", self.prompting)

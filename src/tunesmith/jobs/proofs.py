@@ -24,6 +24,7 @@ from tunesmith.jobs.proofs_pairs import replies_apart, starts_at_reference
 from tunesmith.jobs.proofs_replies import policy_starts_at_reference, sampling_agrees
 from tunesmith.measure.parity import logit_parity
 from tunesmith.methods.adapter_files import places_of_adapters
+from tunesmith.models.modes import autocasting
 from tunesmith.models.output_head import check_output_head
 from tunesmith.objectives.sampling import FromReplies
 from tunesmith.types import Proof
@@ -203,11 +204,7 @@ def _tolerance(assembled: Assembled) -> float:
 
 def _loss(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers) -> float:
     batch = peers.to_device(assembled.collate(list(rows)))
-    dtype = assembled.autocast_dtype
-    with (
-        measuring(assembled.program),
-        torch.autocast(peers.device.type, dtype or torch.bfloat16, enabled=dtype is not None),
-    ):
+    with measuring(assembled.program), autocasting(peers.device, assembled.autocast_dtype):
         return float(assembled.program(batch).total)
 
 

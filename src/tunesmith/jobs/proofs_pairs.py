@@ -9,6 +9,7 @@ import torch
 
 from tunesmith.engine.evaluation import measuring
 from tunesmith.jobs.reference import judged_collator
+from tunesmith.models.modes import autocasting
 from tunesmith.objectives import Preference, Reward
 from tunesmith.types import Proof
 
@@ -67,7 +68,7 @@ def _is_exact(assembled: Assembled) -> bool:
 
 def _terms(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers) -> LossTerms:
     batch = peers.to_device(judged_collator(assembled)(rows))
-    with measuring(assembled.program), _autocast(assembled, peers):
+    with measuring(assembled.program), autocasting(peers.device, assembled.autocast_dtype):
         terms: LossTerms = assembled.program(batch)
     return terms
 
@@ -76,13 +77,8 @@ def _of_replies(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers) ->
     """Return a number of each reply of `rows`, (replies,) float32."""
     objective, model = assembled.run.objective, assembled.tuned.model
     batch = peers.to_device(judged_collator(assembled)(rows))
-    with measuring(assembled.program), _autocast(assembled, peers):
+    with measuring(assembled.program), autocasting(peers.device, assembled.autocast_dtype):
         if isinstance(objective, Reward):
             return objective.rewards(model, batch).float().cpu()
         assert isinstance(objective, Preference)  # noqa: S101 - no other learns from judged replies
         return objective.log_probs(model, batch).float().cpu()
-
-
-def _autocast(assembled: Assembled, peers: Peers) -> torch.autocast:
-    dtype = assembled.autocast_dtype
-    return torch.autocast(peers.device.type, dtype or torch.bfloat16, enabled=dtype is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -11,6 +10,7 @@ from tunesmith.data.asked import AskedData
 from tunesmith.engine.evaluation import measuring
 from tunesmith.jobs.experience_lessons import OLD, lessons_of
 from tunesmith.jobs.experience_written import stops_of
+from tunesmith.models.modes import autocasting
 from tunesmith.objectives.sampling import FromReplies
 from tunesmith.rollout.draw import row_seeds
 from tunesmith.rollout.sample import sample
@@ -36,7 +36,7 @@ def sampling_agrees(assembled: Assembled, peers: Peers) -> Proof:
     assert isinstance(objective, FromReplies)  # noqa: S101
     prompts = [asked.input_ids for asked in data.train.peek(PROMPTS)]
     dtype = assembled.autocast_dtype
-    with torch.autocast(peers.device.type, dtype) if dtype else nullcontext():
+    with autocasting(peers.device, dtype):
         replies = sample(
             assembled.tuned.model,
             prompts,
@@ -69,10 +69,7 @@ def policy_starts_at_reference(assembled: Assembled, peers: Peers) -> Proof:
     assert isinstance(data, AskedData)  # noqa: S101 - of a run that samples
     ids = torch.tensor([data.train.peek(1)[0].input_ids], device=peers.device)
     dtype = assembled.autocast_dtype
-    with (
-        measuring(model),
-        torch.autocast(peers.device.type, dtype) if dtype else nullcontext(),
-    ):
+    with measuring(model), autocasting(peers.device, dtype):
         on = model(input_ids=ids).logits
         with assembled.tuned.disabled():
             off = model(input_ids=ids).logits

@@ -6,9 +6,8 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 import numpy as np
@@ -18,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tunesmith.data.pairs_collate import JudgedCollator
-from tunesmith.engine.evaluation import measuring
 from tunesmith.errors import CheckpointError
 from tunesmith.jobs.base import base_fingerprint
+from tunesmith.jobs.batches import over_batches
 from tunesmith.jobs.teacher import teaching
 from tunesmith.models.modes import evaluating
 from tunesmith.models.zoo import cache_dir
@@ -127,19 +126,21 @@ def _computed(
     assembled: Assembled, rows: Sequence[PairRow], peers: Peers
 ) -> dict[str, NDArray[np.float32]]:
     objective = cast("Preference", assembled.run.objective)
-    size = assembled.run.evaluation.batch_size
-    dtype, device = assembled.autocast_dtype, peers.device.type
-    mine: dict[str, NDArray[np.float32]] = {}
-    with measuring(assembled.program), assembled.tuned.disabled():
-        for start in range(0, len(rows), size)[peers.rank :: peers.size]:
-            some = list(rows[start : start + size])
-            batch = peers.to_device(judged_collator(assembled)(some))
-            with torch.autocast(device, dtype) if dtype else nullcontext():
-                values = objective.log_probs(assembled.tuned.model, batch).float().cpu().numpy()
-            bounds = np.cumsum([len(row.segments) for row in some])[:-1]
-            pieces = np.split(values, bounds)
-            mine |= {row.key: piece for row, piece in zip(some, pieces, strict=True)}
-    return {key: value for share in peers.gather(mine) for key, value in share.items()}
+    model = assembled.tuned.model
+
+    def log_probs(some: list[PairRow], batch: Batch) -> list[NDArray[np.float32]]:
+        return by_row(some, objective.log_probs(model, batch).float())
+
+    with assembled.tuned.disabled():
+        parts = over_batches(assembled, peers, rows, log_probs)
+    values = (value for part in parts for value in part)
+    return {row.key: value for row, value in zip(rows, values, strict=True)}
+
+
+def by_row(rows: Sequence[PairRow], values: Tensor) -> list[NDArray[Any]]:
+    """Return the part of `values`, (replies of all rows,), that is of each row, on the CPU."""
+    bounds = np.cumsum([len(row.segments) for row in rows])[:-1]
+    return np.split(values.cpu().numpy(), bounds)
 
 
 def _read(path: Path, rows: Sequence[PairRow]) -> Table | None:

@@ -11,10 +11,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tunesmith.data.conversation import Conversation
+from tunesmith.data.converted import all_converted
 from tunesmith.data.formats import layout_of
 from tunesmith.data.rows import RawRow
 from tunesmith.data.settings import Source
-from tunesmith.data.sources import Located, locate, read
+from tunesmith.data.sources import Located, locate
 from tunesmith.errors import DataError, RewardError, SpecError
 from tunesmith.rewards.build import build_reward
 from tunesmith.rewards.contract import RewardKind, Scored, prompt_text
@@ -115,16 +116,13 @@ def reward_test(settings: RewardKind, data: Source, *, limit: int | None = None)
 
 def _rows(located: Located) -> Iterator[tuple[str, Scored]]:
     layout = layout_of(located)
-    for raw in read(located):
-        if not isinstance(raw, RawRow):
-            raise DataError(raw.message)
-        try:
-            sample = layout.convert(raw.values)
-        except DataError as error:
-            raise DataError(f"{raw.place}: {error}") from None
+
+    def scored(raw: RawRow) -> tuple[str, Scored]:
+        sample = layout.convert(raw.values)
         if not isinstance(sample, Conversation) or sample.reply_at is None:
-            raise DataError(f"{raw.place}: has no reply that could be scored")
+            raise DataError("has no reply that could be scored")
         turns: Sequence[dict[str, Any]] = sample.messages
         reply = str(turns[sample.reply_at]["content"])
-        asked = prompt_text(turns[: sample.reply_at])
-        yield raw.place, Scored(asked, reply, raw.values)
+        return raw.place, Scored(prompt_text(turns[: sample.reply_at]), reply, raw.values)
+
+    return all_converted(located, scored)

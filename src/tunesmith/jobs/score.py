@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import torch
 
 from tunesmith.data.conversation import Conversation
 from tunesmith.data.formats import renamed
@@ -20,6 +19,7 @@ from tunesmith.data.sources import locate, read
 from tunesmith.engine.evaluation import measuring
 from tunesmith.errors import DataError
 from tunesmith.jobs.assemble import choose_padding
+from tunesmith.models.modes import autocasting
 
 if TYPE_CHECKING:
     from tunesmith.jobs.result import LoadedRun
@@ -69,15 +69,12 @@ def score(loaded: LoadedRun, conversations: Sequence[Conversation]) -> list[floa
     objective, run = cast("Reward", loaded.run.objective), loaded.run
     renderer = Renderer(loaded.tokenizer)
     rows = [_row(renderer, one, run.data.max_length) for one in conversations]
-    model, device = loaded.tuned.model, loaded.peers.device.type
+    model, device = loaded.tuned.model, loaded.peers.device
     collate = JudgedCollator(cast("int", loaded.tokenizer.pad_token_id), choose_padding(run, model))
     size, dtype, found = run.evaluation.batch_size, loaded.autocast_dtype, list[float]()
     for start in range(0, len(rows), size):
         batch = loaded.peers.to_device(collate.plain(rows[start : start + size]))
-        with (
-            measuring(model),
-            torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None),
-        ):
+        with measuring(model), autocasting(device, dtype):
             found += objective.rewards(model, batch).float().tolist()
     return found
 

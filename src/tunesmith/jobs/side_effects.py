@@ -18,6 +18,7 @@ from tunesmith.engine.evaluation import mean_loss, measuring
 from tunesmith.errors import SpecError
 from tunesmith.jobs.assemble import Program
 from tunesmith.jobs.examine import chosen
+from tunesmith.models.modes import autocasting
 from tunesmith.objectives import SFT
 
 if TYPE_CHECKING:
@@ -133,10 +134,9 @@ def inference_slowdown(assembled: Assembled, peers: Peers) -> float | None:
 
 
 def _seconds(assembled: Assembled, batches: list[dict[str, object]], device: torch.device) -> float:
-    dtype = assembled.autocast_dtype
     _wait(device)
     started = time.perf_counter()
-    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+    with autocasting(device, assembled.autocast_dtype):
         for batch in batches:
             assembled.program(batch)
     _wait(device)

@@ -16,9 +16,11 @@ from tunesmith.models.skeleton import kind_of
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tunesmith.data.prepare import PreparedData
     from tunesmith.engine.loop import Outcome
     from tunesmith.jobs.assemble import Assembled
     from tunesmith.jobs.run_directory import RunDirectory
+    from tunesmith.spec import Run
     from tunesmith.types import JSON, Proof
 
 
@@ -44,9 +46,6 @@ def summarise(
     run, counts = assembled.run, assembled.tuned.parameter_counts()
     seconds, device = max(outcome.seconds, 1e-9), assembled.tuned.model.device
     result = directory.adapter if directory.adapter.exists() else directory.model
-    data: dict[str, JSON] = {"train": assembled.data.train_report.to_json()}
-    if assembled.data.evaluation_report is not None:
-        data["evaluation"] = assembled.data.evaluation_report.to_json()
     return {
         "name": run.name,
         "model": run.model.name,
@@ -64,19 +63,55 @@ def summarise(
         "supervised_tokens": outcome.supervised_tokens,
         "tokens_per_second": round(outcome.tokens_per_second, 1),
         "supervised_tokens_per_second": round(outcome.supervised_tokens / seconds, 1),
-        "peak_memory_bytes": outcome.memory_bytes,
-        "peak_process_bytes": peak_memory(torch.device("cpu")),
-        "peak_device_bytes": None if device.type == "cpu" else outcome.memory_bytes,
+        **_peaks(device, outcome.memory_bytes),
         "identity_at_start": assembled.tuned.identity_at_start,
         "merges": all(attachment.merges for attachment in assembled.tuned.attachments),
         "trainable_parameters": counts.trainable,
         "total_parameters": counts.base,
         "base_bytes": bytes_in_memory(m for _, m in base_modules(assembled.tuned.model)),
         "result_bytes": weights_bytes(result),
-        "data": data,
+        "data": _told(assembled.data),
         "proofs": [proof._asdict() for proof in proofs],
         "hardware": hardware(),
     }
+
+
+def without_steps(run: Run, data: PreparedData, device: torch.device) -> dict[str, JSON]:
+    """Return what is the same in the evidence of every run that takes no training steps.
+
+    Method, kind, metrics, seconds and parameters are for the caller to add.
+
+    Args:
+        run: what was asked for.
+        data: its rows.
+        device: what computed.
+    """
+    return {
+        "name": run.name,
+        "model": run.model.name,
+        "objective": run.objective.name,
+        "before": {},
+        "steps": 0,
+        **_peaks(device, peak_memory(device)),
+        "data": _told(data),
+        "proofs": [],
+        "hardware": hardware(),
+    }
+
+
+def _peaks(device: torch.device, memory_bytes: int) -> dict[str, JSON]:
+    return {
+        "peak_memory_bytes": memory_bytes,
+        "peak_process_bytes": peak_memory(torch.device("cpu")),
+        "peak_device_bytes": None if device.type == "cpu" else memory_bytes,
+    }
+
+
+def _told(data: PreparedData) -> dict[str, JSON]:
+    told: dict[str, JSON] = {"train": data.train_report.to_json()}
+    if data.evaluation_report is not None:
+        told["evaluation"] = data.evaluation_report.to_json()
+    return told
 
 
 def weights_bytes(directory: Path) -> int:

@@ -15,7 +15,7 @@ from tunesmith.engine.distribution import Peers, connect
 from tunesmith.engine.events import Evaluated, Event, Listener, Sampled
 from tunesmith.engine.listeners import Console, JsonlWriter
 from tunesmith.engine.loop import Outcome, fit
-from tunesmith.engine.task import Task
+from tunesmith.engine.task import Task, nothing_to_do
 from tunesmith.engine.trackers import Trackers
 from tunesmith.jobs.assemble import Assembled, assemble
 from tunesmith.jobs.environment import environment
@@ -26,12 +26,14 @@ from tunesmith.jobs.examine_rewards import RewardExaminer
 from tunesmith.jobs.experience import Experience
 from tunesmith.jobs.findings import findings
 from tunesmith.jobs.labelled import head_learning_rate
+from tunesmith.jobs.least_recomputation import start_of
 from tunesmith.jobs.proofs import prove_saved, prove_start, told
 from tunesmith.jobs.reference import with_reference
 from tunesmith.jobs.roles import without_roles
 from tunesmith.jobs.run_directory import RunDirectory, check_free, clear, write_json
 from tunesmith.jobs.side_effects import general_loss_of_base, side_effects
 from tunesmith.jobs.summary import summarise
+from tunesmith.measure.process_heap import give_back
 from tunesmith.methods.adapter_files import write_adapters
 from tunesmith.methods.child import base_parameters
 from tunesmith.methods.head import HeadAttachment
@@ -86,6 +88,7 @@ def train(
     directory = check_free(run, resume=resume, overwrite=overwrite)
     say = _teller(peers)
     assembled = with_reference(assemble(run, peers, say), peers, say)
+    give_back()
     for line in assembled.data.train_report.lines():
         say(line)
     proofs = prove_start(assembled, peers)
@@ -204,11 +207,12 @@ def task_of(assembled: Assembled) -> Task[Any]:
         rows=assembled.data.train,
         collate=collate,
         count=run.objective.count,
+        common=run.objective.common(),
         default_learning_rate=run.methods[0].default_learning_rate,
         learning_rate_scales=learning_rate_scales(run, tuned),
         block_modules=[tuned.model.get_submodule(block.path) for block in tuned.sites.blocks],
         penalty=tuned.penalty,
-        on_step=tuned.on_step,
+        on_step=tuned.on_step if tuned.acts_on_step else nothing_to_do,
         extra_state=tuned.extra_state,
         load_extra_state=tuned.load_extra_state,
         autocast_dtype=assembled.autocast_dtype,
@@ -237,6 +241,7 @@ def _fit(
             listeners=listeners,
             resume_from=resume_from,
             peers=peers,
+            start=start_of(assembled, peers),
         )
     finally:
         for listener in listeners:

@@ -21,9 +21,9 @@ class MemoryPlan:
     frozen: int
     """Weights that do not train, in the dtype (or the codes) they are held in."""
     trained: int
-    """Weights that train, float32."""
+    """Weights that train."""
     gradients: int
-    """Of what trains, float32."""
+    """Of what trains, in its dtype."""
     optimizer: int
     """The optimiser's state."""
     activations: int
@@ -33,6 +33,8 @@ class MemoryPlan:
     that is dequantised or gathered for its product."""
     process: int = 0
     """What the process holds before anything is loaded; counted where the device is the CPU."""
+    holes: int = 0
+    """What was freed, stays resident and fits nothing that comes later, on the CPU."""
 
     @property
     def peak(self) -> int:
@@ -41,7 +43,7 @@ class MemoryPlan:
         Gradients take the place of activations as backward goes, so they count where they
         outweigh them: in the optimiser's step.
         """
-        held = self.frozen + self.trained + self.optimizer + self.process
+        held = self.frozen + self.trained + self.optimizer + self.process + self.holes
         return held + max(self.activations + self.transient, self.gradients)
 
 

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.ops.fp8_linear import E4M3, fp8_linear, input_gradient, quantise_rows, scaled_product
+from tunesmith.ops.fp8_linear import fp8_linear
+from tunesmith.ops.nf4_linear import nf4_linear
+from tunesmith.ops.nf4_values import BLOCK, BLOCK_OF_SCALES, Nf4
 
 Codes = Literal["fp8", "nf4", "int8"]
 
-_BLOCK: Final = 64
-"""Weights of nf4 that share a scale."""
-_BLOCK_OF_SCALES: Final = 256
 _OUTLIER: Final = 6.0
 
 
@@ -58,11 +57,11 @@ def _stored(shape: tuple[int, int], held: Held) -> dict[str, Tensor]:
     if held.codes != "nf4":
         scales = {"scales": _empty((out_features, 1), torch.float32)}
         return {"weight": _empty(shape, torch.int8), **scales}
-    blocks = -(-out_features * in_features // _BLOCK)
+    blocks = -(-out_features * in_features // BLOCK)
     stored = {"weight": _empty((-(-out_features * in_features // 2), 1), torch.uint8)}
     if not held.double:
         return stored | {"scales": _empty((blocks,), torch.float32)}
-    nested = _empty((-(-blocks // _BLOCK_OF_SCALES),), torch.float32)
+    nested = _empty((-(-blocks // BLOCK_OF_SCALES),), torch.float32)
     return stored | {"scales": _empty((blocks,), torch.uint8), "nested": nested}
 
 
@@ -76,6 +75,8 @@ class _Coded(nn.Linear):
     code_shape: tuple[int, int]
     held: Held
     scales: Tensor
+    nested: Tensor
+    """nf4 with codes for scales."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out) for `input` (..., in)."""
@@ -91,65 +92,21 @@ class _Coded(nn.Linear):
         if self.held.codes == "fp8":
             return fp8_linear(rows, self.weight, self.scales)
         if self.held.codes == "nf4":
-            function: Any = _Nf4Float8 if self.held.float8 else _Nf4
-        else:
-            function = _Int8 if self.held.device == "cuda" else _Int8OnCpu
+            return nf4_linear(rows, _as_nf4(self), float8=self.held.float8)
+        function: Any = _Int8 if self.held.device == "cuda" else _Int8OnCpu
         product: Tensor = function.apply(rows, self)
         return product
 
 
-class _Nf4(torch.autograd.Function):
-    """The weight is worked out for each product, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: _Coded) -> Tensor:
-        ctx.module = module
-        return x @ _values(module, x.dtype).t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ _values(ctx.module, grad.dtype), None
-
-
-def _values(module: _Coded, dtype: torch.dtype) -> Tensor:
-    scales = _block_scales(module)
-    values = scales.new_empty(module.code_shape, dtype=dtype)
-    del scales
-    return values
-
-
-def _block_scales(module: _Coded) -> Tensor:
-    if not module.held.double:
-        return module.scales.clone()
-    looked_up = module.scales.new_empty(module.scales.shape, dtype=torch.float32)
-    return looked_up * torch.empty_like(looked_up) + 1.0
-
-
-class _Nf4Float8(torch.autograd.Function):
-    """The weight is worked out as float8 codes for each product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: _Coded) -> Tensor:
-        ctx.module = module
-        codes, scales = _as_float8(module)
-        return scaled_product(*quantise_rows(x), codes, scales, dtype=x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        codes, scales = _as_float8(ctx.module)
-        return input_gradient(grad, codes.view(torch.int8), scales), None
-
-
-def _as_float8(module: _Coded) -> tuple[Tensor, Tensor]:
-    scales = _block_scales(module)
-    count = module.code_shape[0] * module.code_shape[1]
-    places = scales.new_empty(count, dtype=torch.int32)  # of each weight's level
-    levels = scales.new_empty(count)
-    del places
-    values = levels * 1.0
-    del levels
-    rows = scales.new_empty(module.code_shape[0], 1)
-    return values.view(module.code_shape).to(E4M3), rows
+def _as_nf4(module: _Coded) -> Nf4:
+    """Return what the product reads; tables of a few numbers are new ones."""
+    scales = module.scales
+    levels = scales.new_empty(16, dtype=torch.float32)
+    nested: tuple[Tensor, ...] = ()
+    if module.held.double:
+        table = scales.new_empty(BLOCK_OF_SCALES, dtype=torch.float32)
+        nested = (table, module.nested, scales.new_empty((), dtype=torch.float32))
+    return Nf4(module.code_shape, module.weight, levels, scales, nested)
 
 
 class _Int8(torch.autograd.Function):
@@ -160,14 +117,16 @@ class _Int8(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: _Coded) -> Tensor:
-        ctx.x, ctx.module = x, module  # kept, although a frozen weight does not need it
+        ctx.x = x  # kept, although a frozen weight does not need it
+        # Tensors and not the module, whose own are others while a block is traced.
+        ctx.weight = (module.weight, module.scales)
         codes = _rounded(x)
         sums = codes.new_empty(len(x), module.code_shape[0], dtype=torch.int32)
         return sums.to(torch.float16).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ _int8_values(ctx.module, ctx.x.dtype), None
+        return grad @ _int8_values(ctx.x.dtype, *ctx.weight), None
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -178,8 +137,8 @@ def _rounded(x: Tensor) -> Tensor:
     return codes
 
 
-def _int8_values(module: _Coded, dtype: torch.dtype) -> Tensor:
-    return module.weight.to(dtype, copy=True).mul_(module.scales)
+def _int8_values(dtype: torch.dtype, weight: Tensor, scales: Tensor) -> Tensor:
+    return weight.to(dtype, copy=True).mul_(scales)
 
 
 class _Int8OnCpu(torch.autograd.Function):
@@ -187,9 +146,9 @@ class _Int8OnCpu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: _Coded) -> Tensor:
-        ctx.x, ctx.module = x, module
-        return x @ _int8_values(module, x.dtype).t()
+        ctx.x, ctx.weight = x, (module.weight, module.scales)
+        return x @ _int8_values(x.dtype, *ctx.weight).t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ _int8_values(ctx.module, ctx.x.dtype), None
+        return grad @ _int8_values(ctx.x.dtype, *ctx.weight), None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tunesmith.measure.process_heap import ProcessHeap, process_heap
 from tunesmith.ops.chunked_head import sized_for
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class StepMemory(NamedTuple):
     """The most at any moment of forward and backward, gradients included."""
     gradients: int
     """What is left beside the parameters after backward."""
+    holes: int = 0
+    """On the CPU, what the process holds beyond the peak and can use for nothing of this step."""
 
     @property
     def activations(self) -> int:
@@ -68,9 +72,10 @@ def simulate_step(
         autocast: dtype of autocast, where the run computes under it.
         device: `cuda` or `cpu`: whose allocator rounds, and whose sizes the loss is cut into.
     """
-    with FakeTensorMode(), sized_for(device):
+    asked = process_heap() if device == "cpu" else nullcontext()
+    with asked as heap, FakeTensorMode(), sized_for(device):
         _give_storage(model)
-        live = _Pretending(ROUNDING[device])
+        live = _Pretending(ROUNDING[device], heap)
         live.take_all([*model.parameters(), *model.buffers()])
         parameters = live.now
         with live, _autocast(autocast):
@@ -79,7 +84,8 @@ def simulate_step(
         with live:
             total.backward()  # type: ignore[no-untyped-call]
             del total
-        return StepMemory(parameters, after_forward, live.peak, live.now - parameters)
+        holes = max(0, heap.peak - live.peak) if heap else 0
+        return StepMemory(parameters, after_forward, live.peak, live.now - parameters, holes)
 
 
 def bytes_left(call: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
@@ -136,12 +142,26 @@ def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[-1])
 
 
+_COUNTED: Final[ContextVar[bool]] = ContextVar("counted", default=True)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Leave what is made inside a `with` block out of the count."""
+    token = _COUNTED.set(False)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of all storages that somebody holds."""
 
-    def __init__(self, rounding: int) -> None:
+    def __init__(self, rounding: int, heap: ProcessHeap | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._rounding = rounding
+        self._heap = heap
         self.now = 0
         self.peak = 0
         self._known: dict[int, int] = {}
@@ -159,6 +179,8 @@ class _Live(TorchDispatchMode):
 
     def take_all(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages that are not counted yet."""
+        if not _COUNTED.get():
+            return
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -167,10 +189,13 @@ class _Live(TorchDispatchMode):
                 self._known[key] = size
                 self.now += size
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._drop, key)
+                place = self._heap.take(size) if self._heap else None
+                weakref.finalize(storage, self._drop, key, place)
 
-    def _drop(self, key: int) -> None:
+    def _drop(self, key: int, place: int | None) -> None:
         self.now -= self._known.pop(key)
+        if self._heap:
+            self._heap.free(place)
 
 
 class _Pretending(_Live):  # type: ignore[no-untyped-call]

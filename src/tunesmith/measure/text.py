@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tunesmith.errors import DataError, SetupError
 
 _NO_SPACES: Final = (
@@ -34,13 +37,37 @@ def bleu(replies: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         DataError: no replies, or a prompt without reference.
         SetupError: sacrebleu is not installed.
     """
+    return bleu_of_counts(bleu_counts(replies, references))
+
+
+def bleu_counts(replies: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.int64]:
+    """Return what each reply adds to corpus BLEU, (replies, 10) int64.
+
+    BLEU is a function of sums over the corpus, so that of any choice of replies comes out of these
+    without counting n-grams again. The columns: n-grams of length 1 to 4 that a reference has too,
+    n-grams of length 1 to 4, tokens, tokens of the reference whose length is nearest.
+
+    Raises:
+        DataError: no replies, or a prompt without reference.
+        SetupError: sacrebleu is not installed.
+    """
     _require_references(replies, references)
-    sacrebleu = _load("sacrebleu")
-    most = max(map(len, references))
-    # One list per reference number, as long as the corpus; None where a prompt has fewer.
-    streams = [[row[n] if n < len(row) else None for row in references] for n in range(most)]
     by_character = any(_HAN.search(text) for row in references for text in row)
-    score = sacrebleu.corpus_bleu(list(replies), streams, tokenize="zh" if by_character else "13a")
+    scorer = _load("sacrebleu").BLEU(tokenize="zh" if by_character else "13a", force=True)
+    scores = (
+        scorer.corpus_score([reply], [[text] for text in row])
+        for reply, row in zip(replies, references, strict=True)
+    )
+    rows = [[*found.counts, *found.totals, found.sys_len, found.ref_len] for found in scores]
+    return np.asarray(rows, dtype=np.int64)
+
+
+def bleu_of_counts(counts: NDArray[np.int64]) -> float:
+    """Return corpus BLEU-4, 0 to 100, of replies whose `bleu_counts` these are, (replies, 10)."""
+    *ngrams, length, reference_length = counts.sum(axis=0).tolist()
+    score = _load("sacrebleu").BLEU.compute_bleu(
+        ngrams[:4], ngrams[4:], length, reference_length, smooth_method="exp"
+    )
     return float(score.score)
 
 

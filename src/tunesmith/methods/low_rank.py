@@ -13,13 +13,14 @@ from tunesmith.methods.gate import Gate
 from tunesmith.methods.mergeable import Mergeable
 from tunesmith.methods.places import Place, linear_features, linear_weight, spread
 from tunesmith.methods.tensors import whole
+from tunesmith.models.modes import Prepares
 
 __all__ = ["DoRA", "Init", "LowRank", "Place", "linear_features"]
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 
 
-class LowRank(Mergeable):
+class LowRank(Mergeable, Prepares):
     """h = W x + s B A x, with s = alpha / r (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
     A is (rank, in) and B is (reached columns, rank), both float32; B starts at zero.
@@ -56,6 +57,8 @@ class LowRank(Mergeable):
         self.place = place
         self.scale = place.alpha / (math.sqrt(place.rank) if rslora else place.rank)
         self.dropout = dropout
+        self._ready: tuple[Tensor, Tensor] | None = None
+        """A and s B as they are multiplied, while nothing trains."""
         self.token_gate: Gate | None = None
         """How much of the update acts at each token; None is all of it."""
         A = torch.empty(place.rank, place.in_features, dtype=torch.float32)
@@ -83,11 +86,26 @@ class LowRank(Mergeable):
         """Return `rows` (reached, ...) over all output columns (out, ...), zero elsewhere."""
         return spread(rows, self.columns, self.place.out_features)
 
+    @torch.no_grad()
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Cast and scale once for many calls, see `Prepares`; not where a start is subtracted."""
+        if self.A0 is None:
+            sB = (self.scale * self.spread(self.B)).to(dtype)
+            self._ready = (self.A.detach().to(dtype), sB)
+
+    def forget(self) -> None:
+        """Cast and scale in every call again."""
+        self._ready = None
+
     def update(self, x: Tensor) -> Tensor:
         """Return s (B A - B0 A0) x (..., out) for x (..., in), in x's dtype."""
+        if self._ready is not None and self._ready[0].dtype == x.dtype:
+            A, sB = self._ready
+            return F.linear(F.linear(x, A), sB)
         # A and B come down to x's dtype, not x up: the backward pass then keeps no second copy of
         # x, which the projections beside this one share.
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.A.to(x.dtype)) * self.scale
+        kept = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        h = F.linear(kept, self.A.to(x.dtype)) * self.scale
         update = F.linear(h, self.spread(self.B).to(x.dtype))
         if self.A0 is None or self.B0 is None:
             return update
@@ -165,9 +183,9 @@ class DoRA(LowRank):
         """Return m V / |V| x + b for `output` (..., out) = W x + b."""
         bias: Tensor | None = module.bias  # type: ignore[assignment]  # a linear map has the name
         stretch = self._stretch(linear_weight(module)).to(output.dtype)
-        update = self.update(args[0]).to(output.dtype)
-        straight = output if bias is None else output - bias
-        return output + stretch * straight + (1 + stretch) * update
+        # The backward pass needs V x and nothing else, so only the sum is kept for it.
+        total = output + self.update(args[0]).to(output.dtype)
+        return total + stretch * (total if bias is None else total - bias)
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return m V / |V| for W (out, in), float32."""

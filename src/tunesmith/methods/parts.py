@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import MethodError
+from tunesmith.methods.contract import Attachment
 from tunesmith.methods.fights import require_peace
 from tunesmith.methods.row_adapters import RowNames, acting_by_row, names_of
 from tunesmith.methods.tensors import check_against, whole
@@ -17,7 +18,7 @@ from tunesmith.methods.tensors import check_against, whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tunesmith.methods.contract import Attachment, Method
+    from tunesmith.methods.contract import Method
     from tunesmith.models.sites import Sites
     from tunesmith.types import JSON
 
@@ -172,6 +173,11 @@ class Parts:
         """Let every method act after optimiser step `step` of `total`."""
         for attachment in self.training:
             attachment.on_step(step, total)
+
+    @property
+    def acts_on_step(self) -> bool:
+        """Whether any method does something in `on_step`."""
+        return any(type(a).on_step is not Attachment.on_step for a in self.training)
 
     def extra_state(self) -> dict[str, JSON]:
         """Return what besides the trainables decides the steps to come."""

@@ -21,7 +21,7 @@ KEEP_BASE: Final = (
 
 
 class SelectedParameters(Attachment):
-    """Base parameters that train, in float32.
+    """Base parameters that train, in float32 or in the base's dtype.
 
     They keep their place, name and identity (so ties stay ties); only their values are exchanged
     when the method is switched off or merged.
@@ -31,6 +31,7 @@ class SelectedParameters(Attachment):
         names: parameters to train; a tied parameter goes by its first name.
         keep_base: keep the values from before on the CPU: one copy of the selected parameters in
             the base's dtype, which `disabled` and `detach` need.
+        in_float32: train them in float32; otherwise they stay in the base's dtype.
 
     Raises:
         MethodError: a parameter is quantised, or another method trains it.
@@ -40,7 +41,14 @@ class SelectedParameters(Attachment):
     puts_out_float32: ClassVar[bool] = False
     """Whether only float32 modules follow, so that outputs need not come down to the base's."""
 
-    def __init__(self, model: nn.Module, names: Collection[str], *, keep_base: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Collection[str],
+        *,
+        keep_base: bool,
+        in_float32: bool = True,
+    ) -> None:
         parameters = {n: p for n, p in base_parameters(model).items() if n in names}
         for name, parameter in parameters.items():
             _require_trainable(name, parameter)
@@ -51,10 +59,11 @@ class SelectedParameters(Attachment):
         self._aside: dict[str, Tensor] = {}
         """The trained values while others are in their place: switched off, or merged."""
         self._merged = False
-        for parameter in parameters.values():
-            parameter.data = parameter.data.float()
+        if in_float32:
+            for parameter in parameters.values():
+                parameter.data = parameter.data.float()
         # Where all of the base trains, all of it is float32 and nothing needs a bridge.
-        partly = len(parameters) < len(base_parameters(model))
+        partly = in_float32 and len(parameters) < len(base_parameters(model))
         down = not self.puts_out_float32
         self._bridges = bridges(model, self._dtypes, down=down) if partly else []
 
@@ -114,7 +123,7 @@ class SelectedParameters(Attachment):
     def merge(self) -> None:
         """Bring the trained values to the base's dtype: the model is then a plain one.
 
-        The float32 values stay beside them until `unmerge`.
+        The trained values stay beside them until `unmerge`.
 
         Raises:
             MethodError: merged already.
@@ -125,7 +134,7 @@ class SelectedParameters(Attachment):
         self._merged = True
 
     def unmerge(self) -> None:
-        """Put the float32 values back.
+        """Put the trained values back.
 
         Raises:
             MethodError: nothing is merged.

@@ -72,6 +72,15 @@ class AttentionChoice:
         return next(iter(seconds), "varlen")
 
 
+class SupposedChoice(AttentionChoice):
+    """The choice for a model without weights: what kernels keep is alike, so none is measured."""
+
+    def backend(self, segments: int, longest: int, tokens: int, device: torch.device) -> Backend:
+        """Return a dense kernel where the segments are of one length."""
+        del device
+        return "flash" if segments * longest == tokens else "varlen"
+
+
 def known(shape: Shape, device: torch.device) -> dict[Backend, float]:
     """Return what was measured for `shape` on such a device before, fastest first, or nothing."""
     return _read().get(_key(shape, device), {})

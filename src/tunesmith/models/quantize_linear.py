@@ -8,8 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from tunesmith.ops.fp8_linear import E4M3, fp8_linear, quantise_rows
-from tunesmith.ops.nf4_linear import BLOCK, BLOCK_OF_SCALES, Nf4, nf4_linear, nf4_weight
+from tunesmith.ops.fp8_linear import fp8_linear, quantise_rows
+from tunesmith.ops.nf4_linear import nf4_linear
+from tunesmith.ops.nf4_values import BLOCK, BLOCK_OF_SCALES, Nf4, nf4_weight
+from tunesmith.ops.turned_codes import E4M3
 
 
 class Fp8Linear(nn.Linear):

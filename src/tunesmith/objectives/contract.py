@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from tunesmith.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torch import nn
 
     from tunesmith.types import Batch, LossTerms
@@ -21,6 +23,14 @@ class Objective(Settings):
     def loss(self, model: nn.Module, batch: Batch) -> LossTerms:
         """Return the summed loss of `batch`, its count and further metrics, not yet divided."""
         raise NotImplementedError
+
+    def common(self) -> Callable[[Mapping[str, float]], Batch] | None:
+        """Return what tells every micro-batch of the whole effective batch; None for most losses.
+
+        It makes keys of a batch out of the means of `loss`'s metrics over all micro-batches and
+        processes. They come of one more forward, without gradients, where there are several.
+        """
+        return None
 
     def prepared(self, batch: Batch) -> Batch:
         """Return `batch`, still on the CPU, with what `loss` would otherwise wait for a GPU for."""

@@ -13,6 +13,8 @@ from tunesmith.objectives.log_probs import ReplyLogProbs, reply_log_probs
 from tunesmith.types import LossTerms
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -25,6 +27,8 @@ _BETA: Final = 0.1
 _WITHOUT_REFERENCE: Final = {"orpo", "simpo", "cpo"}
 _A_TOKEN: Final = {"ipo", "orpo", "simpo"}
 """Losses that look at log-probabilities a token unless told otherwise."""
+MISMATCHED: Final = "mismatched_log_ratio"
+"""kto: the mean of r over prompts with another row's reply, from which z0 comes."""
 _SMOOTHED: Final = {"sigmoid", "robust", "simpo", "cpo"}
 
 
@@ -195,19 +199,17 @@ class Preference(Objective):
     ) -> LossTerms:
         """Return KTO's summed loss of labelled replies.
 
-        The reference point is that of the micro-batch, as in the paper, so accumulation changes the
-        estimate (not what is estimated).
-
         Args:
             policy: of the model that trains.
-            batch: matched, mismatched, good.
+            batch: matched, mismatched, good, and z0 where the batch is part of a larger one.
             reference: (sequences,) log p of the frozen model.
         """
         assert reference is not None  # noqa: S101 - kto needs one, so the program gives one
         ratio = policy.sums - reference
         scored = ratio / policy.lengths if self.per_token else ratio
         good: Tensor = batch["good"]
-        z0 = losses.reference_point(scored[batch["mismatched"]])
+        mismatched = scored[batch["mismatched"]].detach()
+        z0: Tensor = batch["z0"] if "z0" in batch else losses.reference_point(mismatched)
         matched = scored[batch["matched"]]
         weights = losses.Desirable(self.desirable_weight, self.undesirable_weight)
         terms = losses.kto(matched, good, z0, beta=self.strength, weights=weights)
@@ -221,11 +223,24 @@ class Preference(Objective):
                 # Good replies' rewards less bad ones': its growth is what the loss asks for.
                 "signed_reward": torch.where(good, rewards, -rewards).sum(),
                 "kl": z0 * len(matched),
+                MISMATCHED: mismatched.sum(),
             },
         )
+
+    def common(self) -> Callable[[Mapping[str, float]], Batch] | None:
+        """Return what gives all micro-batches one z0; None for the losses of pairs.
+
+        So their number, and that of processes, does not matter (the paper takes the mean over a
+        micro-batch).
+        """
+        return _reference_point if self.loss_type == "kto" else None
 
     def count(self, batch: Batch) -> float:
         """Return the number of prompts with pairs, or of labelled replies."""
         if self.loss_type == "kto":
             return len(batch["good"])
         return float(batch["pair_weights"].sum(dtype=torch.float64).round())
+
+
+def _reference_point(means: Mapping[str, float]) -> Batch:
+    return {"z0": losses.reference_point(torch.tensor(means[MISMATCHED]))}

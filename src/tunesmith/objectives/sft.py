@@ -12,7 +12,7 @@ from tunesmith.models.output_head import output_head
 from tunesmith.objectives.contract import Objective
 from tunesmith.ops.linear_cross_entropy import (
     linear_cross_entropy_and_correct,
-    token_log_probs,
+    token_log_probs_and_correct,
 )
 from tunesmith.types import IGNORE, LossTerms
 
@@ -73,16 +73,17 @@ class SFT(Objective):
         """Return what `loss` does, and each sample's share of it, in the order of the samples."""
         parts = output_head(model)
         targets = next_tokens(batch)
-        hidden, labels = parts.hidden_states(batch).flatten(0, 1), targets.flatten()
-        bias, softcap = parts.scaled_bias(), parts.softcap
-        total, correct = linear_cross_entropy_and_correct(
-            hidden, parts.weight, labels, bias=bias, softcap=softcap
+        log_probs, correct = token_log_probs_and_correct(
+            parts.hidden_states(batch).flatten(0, 1),
+            parts.weight,
+            targets.flatten(),
+            bias=parts.scaled_bias(),
+            softcap=parts.softcap,
         )
-        log_probs = token_log_probs(hidden, parts.weight, labels, bias=bias, softcap=softcap)
-        supervised = targets != IGNORE
-        terms = LossTerms(total, int(supervised.sum()), {"accuracy": correct.to(total.dtype)})
         nats = _by_sample(-log_probs.view_as(targets), batch)
-        return terms, SampleLosses(nats, _by_sample(supervised, batch))
+        tokens = _by_sample(targets != IGNORE, batch)
+        metrics = {"accuracy": correct.to(nats.dtype)}
+        return LossTerms(nats.sum(), int(tokens.sum()), metrics), SampleLosses(nats, tokens)
 
     def count(self, batch: Batch) -> int:
         """Return the number of tokens that `loss` sums over."""

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tunesmith.ops.turned_codes import E4M3, turned_codes
+
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
-E4M3: Final = torch.float8_e4m3fn
 LARGEST: Final = torch.finfo(E4M3).max
 """448."""
 CAPABILITY: Final = (8, 9)
 """CUDA's compute capability from which float8 is multiplied: Ada and Hopper."""
-_SMALLEST: Final = torch.finfo(torch.float32).tiny
+SMALLEST: Final = torch.finfo(torch.float32).tiny
+"""A scale is at least this."""
 _MULTIPLE: Final = 16
 """What cuBLAS and CUTLASS want the two widths of a float8 product to be multiples of."""
 
@@ -46,7 +48,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         small as float32 allows, since gradients of long batches are.
     """
     x = x.float()
-    scales = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(_SMALLEST)
+    scales = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(SMALLEST)
     return (x / scales).to(E4M3), scales
 
 
@@ -78,22 +80,20 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         codes, scales = ctx.saved_tensors
-        return input_gradient(grad, codes, scales), None, None
+        return input_gradient(grad, turned_codes(codes, grad), scales), None, None
 
 
-def input_gradient(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+def input_gradient(grad: Tensor, turned: Tensor, scales: Tensor) -> Tensor:
     """Return dy W for W = scales * codes; see the equation above.
 
     Args:
         grad: (rows, out), any floating dtype, which is the result's as well.
-        codes: (out, in), int8: the bits of e4m3.
+        turned: (in, out), e4m3: the codes transposed, contiguous.
         scales: (out, 1), float32.
 
     Returns:
         (rows, in).
     """
-    # Products want both factors row by row along the sum. The turned copy lives as long as this.
-    turned = codes.t().contiguous().view(E4M3)
     ones = torch.ones(turned.shape[0], 1, dtype=torch.float32, device=grad.device)
     return scaled_product(*quantise_rows(grad * scales.t()), turned, ones, dtype=grad.dtype)
 
@@ -113,8 +113,33 @@ def scaled_product(
     Returns:
         (m, n).
     """
-    if not a.is_cuda:
-        return _emulated(a, scales_a, b, scales_b, dtype)
+    return _product(a, scales_a, b, scales_b, dtype)
+
+
+# An operator and not plain code. Where an autograd.Function returns PyTorch's own float8 product
+# through a cast that changes nothing, PyTorch 2.11 traces zeros for its gradient; and a compiler
+# must not keep the float32 values of other devices for later.
+@torch.library.custom_op("tunesmith::scaled_product", mutates_args=())
+def _product(  # noqa: PLR0917 - operators have no keyword-only tensors
+    a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor, dtype: torch.dtype
+) -> Tensor:
+    if a.is_cuda:
+        return _on_cuda(a, scales_a, b, scales_b).to(dtype)
+    with torch.autocast(a.device.type, enabled=False):
+        product = a.float() @ b.float().t()
+    return (product * scales_a * scales_b.t()).to(dtype)
+
+
+@_product.register_fake
+def _(  # noqa: PLR0917 - as above
+    a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor, dtype: torch.dtype
+) -> Tensor:
+    del scales_a, scales_b
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+def _on_cuda(a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor) -> Tensor:
+    """Return the product (m, n), bfloat16."""
     n = b.shape[0]
     a, b = _padded(a, rows=False), _padded(b, rows=True)
     scales_b = functional.pad(scales_b, (0, 0, 0, b.shape[0] - n))
@@ -126,7 +151,7 @@ def scaled_product(
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return product[:, :n].to(dtype)
+    return product if n == b.shape[0] else product[:, :n].contiguous()
 
 
 def _padded(codes: Tensor, *, rows: bool) -> Tensor:
@@ -136,22 +161,3 @@ def _padded(codes: Tensor, *, rows: bool) -> Tensor:
     if not below and not right:
         return codes
     return functional.pad(codes.view(torch.int8), (0, right, 0, below)).view(E4M3)
-
-
-# An operator and not plain code: a compiler must not keep the float32 values for later, and a
-# simulation of memory counts what a product of codes takes.
-@torch.library.custom_op("tunesmith::scaled_product", mutates_args=())
-def _emulated(  # noqa: PLR0917 - operators have no keyword-only tensors
-    a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor, dtype: torch.dtype
-) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
-        product = a.float() @ b.float().t()
-    return (product * scales_a * scales_b.t()).to(dtype)
-
-
-@_emulated.register_fake
-def _(  # noqa: PLR0917 - as above
-    a: Tensor, scales_a: Tensor, b: Tensor, scales_b: Tensor, dtype: torch.dtype
-) -> Tensor:
-    del scales_a, scales_b
-    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)

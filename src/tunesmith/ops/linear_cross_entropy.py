@@ -25,7 +25,7 @@ from tunesmith.ops.chunked_head import (
     device_type,
     exact_dtype,
 )
-from tunesmith.ops.loss_by_logits import fused_loss_by_logits
+from tunesmith.ops.loss_by_logits import fused_loss_by_logits, is_plain
 from tunesmith.types import IGNORE
 
 
@@ -34,6 +34,15 @@ class LossAndCorrect(NamedTuple):
 
     total: Tensor
     """() float32 (float64 for float64 inputs), differentiable."""
+    correct: Tensor
+    """() int64."""
+
+
+class LogProbsAndCorrect(NamedTuple):
+    """Log-probabilities, and how often the label had the largest logit."""
+
+    log_probs: Tensor
+    """(tokens,) float32 (float64 for float64 inputs), differentiable; 0 where IGNORE."""
     correct: Tensor
     """() int64."""
 
@@ -128,7 +137,29 @@ def token_log_probs_and_entropy(
 ) -> LogProbsAndEntropy:
     """Return what `token_log_probs` does and the entropy of each position's distribution."""
     options = _Options(softcap, chunk_size, with_entropy=True)
-    return _per_token(hidden, Head(weight, bias), labels, options=options)
+    found = _per_token(hidden, Head(weight, bias), labels, options=options)
+    return LogProbsAndEntropy(found.log_probs, found.entropy)
+
+
+def token_log_probs_and_correct(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    softcap: float | None = None,
+) -> LogProbsAndCorrect:
+    """Return what `token_log_probs` does and how many labels have the largest logit."""
+    options = _Options(softcap, chunk_size, count_correct=True)
+    found = _per_token(hidden, Head(weight, bias), labels, options=options)
+    return LogProbsAndCorrect(found.log_probs, found.correct)
+
+
+class _PerPosition(NamedTuple):
+    log_probs: Tensor
+    entropy: Tensor
+    correct: Tensor
 
 
 class _Options(NamedTuple):
@@ -155,17 +186,19 @@ def _summed_loss(
     return LossAndCorrect(*values)
 
 
-def _per_token(
-    hidden: Tensor, head: Head, labels: Tensor, *, options: _Options
-) -> LogProbsAndEntropy:
+def _per_token(hidden: Tensor, head: Head, labels: Tensor, *, options: _Options) -> _PerPosition:
     supervised = (labels != IGNORE).nonzero().squeeze(-1)
     dtype = compute_dtype(hidden, head.weight)
     chosen, targets = hidden[supervised], labels[supervised]
-    values = _PerToken.apply(  # type: ignore[no-untyped-call]
+    log_probs, entropy, correct = _PerToken.apply(  # type: ignore[no-untyped-call]
         chosen, *head, targets, options, dtype
     )
-    zeros = values[0].new_zeros(len(labels))
-    return LogProbsAndEntropy(*(zeros.index_put((supervised,), value) for value in values))
+    zeros = log_probs.new_zeros(len(labels))
+    return _PerPosition(
+        zeros.index_put((supervised,), log_probs),
+        zeros.index_put((supervised,), entropy),
+        correct,
+    )
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -177,11 +210,13 @@ class _SummedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         labels, options, dtype, graph = rest
         needed = [graph and needs for needs in ctx.needs_input_grad[:3]]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         head, hidden = Head(weight, bias).cast(dtype), hidden.detach().to(dtype)
         gradients = Gradients.start(hidden, head, needed)
         total, correct = hidden.new_zeros((), dtype=exact_dtype(dtype)), labels.new_zeros(())
         work = _Work(head.weight, labels, total, correct, options, any(needed))
-        by_logits = work.whole if device_type(hidden) == "cuda" and any(needed) else work.in_blocks
+        fused = device_type(hidden) == "cuda" and any(needed) and not is_plain()
+        by_logits = work.whole if fused else work.in_blocks
         for chunk in chunks(len(labels), weight, options.chunk_size):
             logits = by_logits(chunk, F.linear(hidden[chunk], *head))
             gradients.add(chunk, logits, hidden, head.weight)
@@ -193,11 +228,21 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In float32: rounding the factor to bfloat16 would scale every gradient by the same error.
         gradients = (
-            None if g is None else g.to(by_total.dtype) * by_total for g in ctx.saved_tensors
+            None if g is None else _scaled(g, by_total, dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *gradients, None, None, None, None
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient x factor, (), in `dtype`, without a copy in another.
+
+    In float32 or more: rounding the factor would scale every gradient by the same error.
+    """
+    if gradient.dtype == factor.dtype:
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    return (gradient.to(factor.dtype) * factor).to(dtype)
 
 
 class _Work(NamedTuple):
@@ -243,7 +288,7 @@ def _loss_by_logits(softmax: Softmax, labels: Tensor, options: _Options) -> Tens
 
 
 class _PerToken(torch.autograd.Function):
-    """Log p(y) and entropy H of each row.
+    """Log p(y) and entropy H of each row, and how many y have the largest logit.
 
     Given gradients g by log p(y) and e by H, the gradient by the logits is
     g (onehot(y) - p) - e p (log p + H).
@@ -252,13 +297,13 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         labels, options, dtype = rest
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.options, ctx.dtype = options, dtype
         head, hidden = Head(weight, bias).cast(dtype), hidden.detach().to(dtype)
         log_probs = hidden.new_zeros(len(labels), dtype=exact_dtype(dtype))
-        entropy = torch.zeros_like(log_probs)
+        entropy, correct = torch.zeros_like(log_probs), labels.new_zeros(())
         for chunk in chunks(len(labels), weight, options.chunk_size):
             logits = F.linear(hidden[chunk], *head)
             for rows, block in blocks(chunk, len(logits), weight):
@@ -266,9 +311,12 @@ class _PerToken(torch.autograd.Function):
                 log_probs[rows] = softmax.log_probs(labels[rows])
                 if options.with_entropy:
                     entropy[rows] = softmax.entropy()
+                if options.count_correct:
+                    correct.add_((softmax.logits.argmax(-1) == labels[rows]).sum())
                 del softmax
             del logits
-        return log_probs, entropy
+        ctx.mark_non_differentiable(correct)
+        return log_probs, entropy, correct
 
     @staticmethod
     @once_differentiable
@@ -280,7 +328,7 @@ class _PerToken(torch.autograd.Function):
             logits = F.linear(hidden[chunk], *head)
             for rows, block in blocks(chunk, len(logits), weight):
                 softmax = Softmax.of(logits[block], ctx.options.softcap)
-                by_log_probs, by_entropy = (by[rows, None] for by in by_outputs)
+                by_log_probs, by_entropy = (by[rows, None] for by in by_outputs[:2])
                 factor = by_log_probs
                 if ctx.options.with_entropy:
                     factor = factor + by_entropy * softmax.surprise()

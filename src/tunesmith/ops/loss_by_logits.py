@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from tunesmith.ops.chunked_head import exact_dtype, simulating
+
+_PLAIN: Final[ContextVar[bool]] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_loss() -> Iterator[None]:
+    """Leave the compiler out of the loss inside a `with` block."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def is_plain() -> bool:
+    """Return whether `plain_loss` is at work."""
+    return _PLAIN.get()
 
 
 class ByLogits(NamedTuple):
@@ -45,22 +64,33 @@ def loss_by_logits(
     exponentials = (z - largest).exp()
     sums = exponentials.sum(-1, keepdim=True)
     L = largest + sums.log()
-    total = (L - z.gather(-1, labels[:, None])).sum()
+    z_y = z.gather(-1, labels[:, None])
+    total = (L - z_y).sum()
     p = exponentials / sums
     if z_loss is not None:
         total = total + z_loss * L.square().sum()
         p = p * (1 + 2 * z_loss * L)
-    correct = (z.argmax(-1) == labels).sum()
-    onehot = torch.arange(z.shape[-1], device=z.device) == labels[:, None]
+    # Of equal logits the first counts as the largest. Whether that is y's needs no search for the
+    # place of the largest, which would take longer than all the rest.
+    places = torch.arange(z.shape[-1], device=z.device)
+    earlier = ((z == largest) & (places < labels[:, None])).any(-1)
+    correct = ((z_y == largest).squeeze(-1) & ~earlier).sum()
+    onehot = places == labels[:, None]
     gradient = torch.where(onehot, p - 1, p)
     if softcap is not None:
         gradient = gradient * (1 - (z / softcap).square())
     return ByLogits(total, correct, gradient.to(raw.dtype))
 
 
+def _in_place(raw: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    done = loss_by_logits(raw, *rest)
+    raw.copy_(done.gradient)
+    return done.total, done.correct
+
+
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(loss_by_logits, fullgraph=True)
+    return torch.compile(_in_place, fullgraph=True)
 
 
 def fused_loss_by_logits(
@@ -68,18 +98,20 @@ def fused_loss_by_logits(
 ) -> ByLogits:
     """Return what `loss_by_logits` does, from one compiled kernel or two; for a GPU.
 
-    One graph serves every number of rows. Where it cannot be compiled, plain code runs after one
-    warning. Where memory is simulated, only what the kernel leaves counts.
+    The gradient may take the place of the logits: `raw` is not to be read afterwards. One graph
+    serves every number of rows. Where it cannot be compiled, plain code runs after one warning.
+    Where memory is simulated, only what the kernel leaves counts.
     """
     if simulating():
         none = raw.new_zeros((), dtype=exact_dtype(raw.dtype))
-        return ByLogits(none, labels.new_zeros(()), torch.empty_like(raw))
+        return ByLogits(none, labels.new_zeros(()), raw)
     # A range of 0 or 1 rows would be a graph of its own.
     if len(raw) > 1:
         torch._dynamo.maybe_mark_dynamic(raw, 0)
         torch._dynamo.maybe_mark_dynamic(labels, 0)
     try:
-        return ByLogits(*_compiled()(raw, labels, softcap, z_loss))
+        total, correct = _compiled()(raw, labels, softcap, z_loss)
+        return ByLogits(total, correct, raw)
     except TorchDynamoException as error:
         if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
             raise error.inner_exception from error  # type: ignore[attr-defined]

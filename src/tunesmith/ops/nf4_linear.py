@@ -5,51 +5,19 @@ levels from -1 to 1, two codes in a byte, the first in the upper half. With doub
 absmax are 8-bit codes themselves: absmax = level'[code'] * scale' + offset, a scale' for each 256.
 Codes and layout are bitsandbytes'.
 
-The values are worked out for every product and live no longer than it. Inside a compiled graph they
-are plain tensor code; outside, bitsandbytes' operator works them out where it does so rightly.
+The values are worked out for every product and live no longer than it; see `nf4_values`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from tunesmith.ops.fp8_linear import (
-    E4M3,
-    LARGEST,
-    input_gradient,
-    quantise_rows,
-    scaled_product,
-)
-
-if TYPE_CHECKING:
-    pass
-
-BLOCK: Final = 64
-"""Weights that share an absmax."""
-BLOCK_OF_SCALES: Final = 256
-"""Absmax that share a scale, with double quantisation."""
-_SMALLEST: Final = torch.finfo(torch.float32).tiny
-
-
-class Nf4(NamedTuple):
-    """A weight (out, in) in 4 bits."""
-
-    shape: tuple[int, int]
-    """(out, in)."""
-    codes: Tensor
-    """(ceil(out * in / 2), 1), uint8."""
-    levels: Tensor
-    """(16,), float32, ascending."""
-    absmax: Tensor
-    """(blocks,), float32; uint8 with double quantisation."""
-    nested: tuple[Tensor, ...]
-    """With double quantisation the levels (256,), scales (ceil(blocks / 256),) and offset () of the
-    absmax, float32; else empty."""
+from tunesmith.ops.fp8_linear import input_gradient, quantise_rows, scaled_product
+from tunesmith.ops.nf4_values import Nf4, nf4_as_float8, nf4_weight
 
 
 def nf4_linear(x: Tensor, weight: Nf4, *, float8: bool = False) -> Tensor:
@@ -96,94 +64,10 @@ class _Float8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        codes, scales = nf4_as_float8(_nf4(ctx.shape, tensors), before=grad)
-        dx = input_gradient(grad, codes.view(torch.int8), scales)
-        return dx, *[None] * (1 + len(tensors))
+        turned, scales = nf4_as_float8(_nf4(ctx.shape, tensors), before=grad, turned=True)
+        return input_gradient(grad, turned, scales), *[None] * (1 + len(tensors))
 
 
 def _nf4(shape: tuple[int, int], tensors: Sequence[Tensor]) -> Nf4:
     codes, levels, absmax, *nested = tensors
     return Nf4(shape, codes, levels, absmax, tuple(nested))
-
-
-def nf4_weight(weight: Nf4, dtype: torch.dtype, *, before: Tensor) -> Tensor:
-    """Return the weight (out, in) in `dtype`: what its codes stand for.
-
-    Args:
-        weight: in 4 bits; bitsandbytes is loaded, since it made the codes.
-        dtype: what float32 values are rounded to.
-        before: the other factor of the product that the weight is for; see `unpacking`.
-    """
-    absmax, shifts = unpacking(weight.absmax, list(weight.nested), before)
-    # bitsandbytes' CPU kernel begins a block with every row, whatever the codes were made with.
-    if torch.compiler.is_compiling() or weight.shape[1] % BLOCK:
-        return scaled_levels(weight, absmax, shifts).to(dtype)
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        weight.codes, absmax, BLOCK, "nf4", weight.shape, dtype
-    )
-
-
-def nf4_as_float8(weight: Nf4, *, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weight as float8 codes (out, in) and a scale for each row (out, 1), float32.
-
-    Every block has a weight of its absmax or, after double quantisation, of what that became, so
-    the largest absmax of a row's blocks is the largest weight of the row: no pass over the weights
-    is needed to find it.
-
-    Args:
-        weight: in 4 bits.
-        before: the other factor of the product that the weight is for; see `unpacking`.
-    """
-    absmax, shifts = unpacking(weight.absmax, list(weight.nested), before)
-    out_features, in_features = weight.shape
-    if in_features % BLOCK:  # some block reaches over two rows
-        return quantise_rows(scaled_levels(weight, absmax, shifts))
-    blocks = absmax.view(out_features, -1)
-    scales = (blocks.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(_SMALLEST)
-    return scaled_levels(weight, (blocks / scales).flatten(), shifts).to(E4M3), scales
-
-
-def scaled_levels(weight: Nf4, factors: Tensor, shifts: Tensor) -> Tensor:
-    """Return level * factor of its block for each weight, (out, in), float32.
-
-    Args:
-        weight: its codes and levels; the absmax are not read.
-        factors: (blocks,), float32.
-        shifts: (2,), uint8: the bits below the first and the second code in a byte.
-    """
-    out_features, in_features = weight.shape
-    count = out_features * in_features
-    places = (weight.codes.view(-1, 1) >> shifts) & 15
-    levels = weight.levels[places.flatten().int()]
-    missing = factors.numel() * BLOCK - levels.numel()
-    if missing:
-        levels = functional.pad(levels, (0, missing))
-    return (levels.view(-1, BLOCK) * factors[:, None]).flatten()[:count].view(weight.shape)
-
-
-@torch.library.custom_op("tunesmith::nf4_unpacking", mutates_args=())
-def unpacking(absmax: Tensor, nested: Sequence[Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the codes of a weight are unpacked with.
-
-    Args:
-        absmax: see `Nf4`.
-        nested: see `Nf4`.
-        before: not read. A compiler sees that what is worked out from the results waits for this
-            tensor. Otherwise it would find that the passes forward and backward work out the same
-            weight, and keep that from one to the other.
-
-    Returns:
-        The absmax (blocks,), float32, and the shifts of `scaled_levels`.
-    """
-    del before
-    shifts = torch.tensor([4, 0], dtype=torch.uint8, device=absmax.device)
-    if not nested:
-        return absmax.clone(), shifts
-    levels, scales, offset = nested
-    factors = scales.repeat_interleave(BLOCK_OF_SCALES)[: absmax.numel()]
-    return levels[absmax.int()] * factors + offset, shifts
-
-
-@unpacking.register_fake
-def _(absmax: Tensor, nested: Sequence[Tensor], before: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(absmax, dtype=torch.float32), absmax.new_empty(2, dtype=torch.uint8)

@@ -23,6 +23,7 @@ POLICY_COLUMNS: Final = (
     "judge's reward",
     "95 % interval",
     "wins",
+    "prefers the better of a pair",
     "KL (nats a reply)",
     "tokens a reply",
     "ended by itself",
@@ -70,6 +71,7 @@ def policy_cells(verdict: Mapping[str, Any]) -> list[str]:
         f"{verdict['reward']:.4g}",
         f"{verdict['low']:.4g} to {verdict['high']:.4g}",
         ", ".join(wins) or _NONE,
+        _or(verdict.get("prefers"), "{:.1%}"),
         _or(verdict["kl"], "{:.3g}"),
         f"{verdict['length']:.1f}",
         f"{verdict['ended']:.0%}",
@@ -81,43 +83,58 @@ def policy_cells(verdict: Mapping[str, Any]) -> list[str]:
 
 def sentences(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what the judgement comes down to, with warnings of what often goes wrong."""
-    policies = [v for v in verdicts if v["step"] is None]
-    if len(policies) < 2:
-        return []
-    final, before = policies[-1], policies[-2]
+    policies = {v["name"]: v for v in verdicts if v["step"] is None}
+    built_on = {name for v in policies.values() for name in v["won"]}
+    finals = [v for v in policies.values() if v["won"] and v["name"] not in built_on]
+    return [
+        *(line for final in finals for line in _outcome(final, policies[_start(final)])),
+        *_over_optimised(verdicts),
+    ]
+
+
+def _start(policy: Mapping[str, Any]) -> str:
+    """Return the name of what a policy's own stage started from."""
+    return str(list(policy["won"])[-1])
+
+
+def _outcome(final: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     share = final["won"][before["name"]]
     said = [
         f"The judge prefers {final['name']} to {before['name']} on {share:.0%} of the held-out "
         f"prompts; its mean reward is {final['reward']:.4g} against {before['reward']:.4g}."
     ]
     if final["low"] <= before["reward"] <= final["high"]:
-        said.append("That difference of mean rewards lies within the interval of chance.")
+        said.append(f"That difference of {final['name']} lies within the interval of chance.")
     if final["length"] > 1.5 * before["length"]:
         said.append(
-            f"Replies grew from {before['length']:.0f} to {final['length']:.0f} tokens: check that "
-            "the rewards do not pay for length."
+            f"Replies of {final['name']} grew from {before['length']:.0f} to {final['length']:.0f} "
+            "tokens: check that the rewards do not pay for length."
         )
     if (final["distinct_2"] or 0) < 0.6 * (before["distinct_2"] or 0):
         said.append(
-            f"Replies became alike: distinct-2 fell from {before['distinct_2']:.3f} to "
-            f"{final['distinct_2']:.3f}."
-        )
-    course = _course(verdicts)
-    best = max(course, key=lambda v: v["reward"], default=None)
-    if best is not None and best["reward"] > final["high"]:
-        at = before["name"] if best["step"] is None else f"step {best['step']}"
-        said.append(
-            f"The judge's reward was highest at {at} ({best['reward']:.4g}) and fell after it: the "
-            "policy was optimised beyond what its own reward is good for; stop there, or raise the "
-            "weight of KL."
+            f"Replies of {final['name']} became alike: distinct-2 fell from "
+            f"{before['distinct_2']:.3f} to {final['distinct_2']:.3f}."
         )
     return said
+
+
+def _over_optimised(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+    course = _course(verdicts)
+    best = max(course, key=lambda v: v["reward"], default=None)
+    if best is None or best["reward"] <= course[-1]["high"]:
+        return []
+    at = best["name"] if best["step"] is None else f"step {best['step']}"
+    return [
+        f"The judge's reward was highest at {at} ({best['reward']:.4g}) and fell after it: the "
+        "policy was optimised beyond what its own reward is good for; stop there, or raise the "
+        "weight of KL."
+    ]
 
 
 def charts(verdicts: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Return the judge's reward against KL along the final stage, where it has points for it."""
     course = _course(verdicts)
-    if len(course) < 2:
+    if len(course) < 3:
         return []
     kls = [verdict["kl"] or 0.0 for verdict in course]
 
@@ -140,11 +157,12 @@ def charts(verdicts: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 def _course(verdicts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the final stage from its start over its checkpoints to its end."""
-    policies = [v for v in verdicts if v["step"] is None]
+    policies = {v["name"]: v for v in verdicts if v["step"] is None}
     steps = sorted((v for v in verdicts if v["step"] is not None), key=lambda v: v["step"])
-    if len(policies) < 2:
+    final = list(policies.values())[-1] if policies else {"won": {}}
+    if not final["won"]:
         return []
-    return [dict(policies[-2]) | {"kl": 0.0}, *steps, policies[-1]]
+    return [dict(policies[_start(final)]) | {"kl": 0.0}, *steps, final]
 
 
 def _stage(stage: Mapping[str, Any]) -> dict[str, Any]:

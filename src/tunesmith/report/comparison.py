@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 from tunesmith.errors import CheckpointError
 from tunesmith.report import words
@@ -18,76 +18,65 @@ from tunesmith.report.template import fill
 _NONE: Final = "\u2013"
 
 
+class Column(NamedTuple):
+    """A column of the table."""
+
+    title: str
+    shown: Callable[[Findings, FoundRow], str | None]
+    """What it says of a row; None where that was not measured."""
+
+
 def columns(findings: Findings) -> list[str]:
-    """Return the table's headings."""
-    general = ["forgetting"] if any(r.forgetting is not None for r in findings.rows) else []
-    prompt = ["longer prompt"] if any(r.prompt_tokens is not None for r in findings.rows) else []
-    return [
-        "",
-        words.metric_name(findings.metric),
-        "95 % interval",
-        "p",
-        "trains",
-        "share",
-        "stored",
-        "peak memory",
-        "s/step",
-        "tokens/s",
-        "inference",
-        *general,
-        *prompt,
-        "learning rate",
-    ]
+    """Return the table's headings: the rows' names, and what was measured of any row."""
+    return ["", *(column.title for column in _measured(findings))]
 
 
 def cells(findings: Findings, row: FoundRow) -> list[str]:
     """Return one row of the table, without its name."""
+    chosen = _measured(findings)
     if row.failed:
-        return [_NONE] * (len(columns(findings)) - 1)
-    interval = _NONE
-    if row.low is not None and row.high is not None:
-        low, high = (words.metric(findings.metric, end) for end in (row.low, row.high))
-        interval = f"{low} to {high}"
-    shown = columns(findings)
-    general = [_or(row.forgetting, lambda f: f"{f:+.3f}")] if "forgetting" in shown else []
-    prompt = (
-        [_or(row.prompt_tokens, lambda n: f"{n:,.0f} tokens")] if "longer prompt" in shown else []
+        return [_NONE] * len(chosen)
+    return [column.shown(findings, row) or _NONE for column in chosen]
+
+
+def _measured(findings: Findings) -> list[Column]:
+    quality = Column(
+        words.metric_name(findings.metric), lambda f, row: words.metric(f.metric, row.quality)
     )
-    return [
-        words.metric(findings.metric, row.quality),
-        interval,
-        _or(row.p_value, lambda p: f"{p:.3f}"),
-        _or(row.trainable_parameters, words.count),
-        _or(row.share, lambda share: f"{share:.2%}"),
-        _or(row.stored_bytes, words.size),
-        _or(row.peak_bytes, words.size),
-        _or(row.seconds_per_step, lambda s: f"{s:.3f}"),
-        _or(row.tokens_per_second, words.count),
-        _inference(row),
-        *general,
-        *prompt,
-        _or(row.learning_rate, lambda r: f"{r:.2g}"),
-    ]
+    others = (c for c in _COLUMNS if any(c.shown(findings, row) for row in findings.rows))
+    return [quality, *others]
 
 
-def _inference(row: FoundRow) -> str:
+def _interval(findings: Findings, row: FoundRow) -> str | None:
+    if row.low is None or row.high is None:
+        return None
+    return " to ".join(words.metric(findings.metric, end) for end in (row.low, row.high))
+
+
+def _inference(_: Findings, row: FoundRow) -> str | None:
     """Return the slowdown as trained, and merged where that differs."""
-    shown = _or(row.slowdown, lambda s: f"{s:.2f} x")
-    return f"{shown} (merged 1 x)" if row.merges and row.slowdown is not None else shown
+    shown = _if_known(row.slowdown, lambda s: f"{s:.2f} x")
+    return f"{shown} (merged 1 x)" if row.merges and shown is not None else shown
 
 
-def _or(value: float | None, show: Any) -> str:
-    return _NONE if value is None else str(show(value))
+def _if_known(value: float | None, show: Callable[[float], str]) -> str | None:
+    return None if value is None else show(value)
 
 
-def markdown(findings: Findings) -> str:
-    """Return the table in Markdown."""
-    head = columns(findings)
-    rows = ([row.name, *cells(findings, row)] for row in findings.rows)
-    lines = [head, ["---"] * len(head), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    why = "".join(f"\n- {row.name}: {row.failed}" for row in findings.rows if row.failed)
-    return table + ("\n" + why if why else "")
+_COLUMNS: Final = (
+    Column("95 % interval", _interval),
+    Column("p", lambda _, row: _if_known(row.p_value, "{:.3f}".format)),
+    Column("trains", lambda _, row: _if_known(row.trainable_parameters, words.count)),
+    Column("share", lambda _, row: _if_known(row.share, "{:.2%}".format)),
+    Column("stored", lambda _, row: _if_known(row.stored_bytes, words.size)),
+    Column("peak memory", lambda _, row: _if_known(row.peak_bytes, words.size)),
+    Column("s/step", lambda _, row: _if_known(row.seconds_per_step, "{:.3f}".format)),
+    Column("tokens/s", lambda _, row: _if_known(row.tokens_per_second, words.count)),
+    Column("inference", _inference),
+    Column("forgetting", lambda _, row: _if_known(row.forgetting, "{:+.3f}".format)),
+    Column("longer prompt", lambda _, row: _if_known(row.prompt_tokens, "{:,.0f} tokens".format)),
+    Column("learning rate", lambda _, row: _if_known(row.learning_rate, "{:.2g}".format)),
+)
 
 
 def write_comparison_report(findings: Findings, path: Path) -> Path:
@@ -142,7 +131,7 @@ def charts(findings: Findings) -> list[Chart]:
         dots = [
             Dot(row.name, float(price), float(row.quality or 0.0), row.low, row.high)
             for row in findings.trained
-            if (price := cost(row))
+            if (price := cost(row)) is not None
         ]
         if len(dots) > 1:
             drawn.append(
@@ -160,11 +149,21 @@ def charts(findings: Findings) -> list[Chart]:
 
 Cost = Callable[[FoundRow], float | None]
 _COSTS: Final[tuple[tuple[str, str, Cost], ...]] = (
-    ("parameters that train", "parameters that train", lambda row: row.trainable_parameters),
-    ("peak memory", "peak memory (MiB)", lambda row: (row.peak_bytes or 0) / 2**20),
-    ("time", "seconds in training steps", lambda row: row.seconds),
-    ("size stored", "stored a task (MiB)", lambda row: (row.stored_bytes or 0) / 2**20),
+    (
+        "parameters that train",
+        "parameters that train",
+        lambda row: row.trainable_parameters or None,
+    ),
+    ("peak memory", "peak memory (MiB)", lambda row: _mebibytes(row.peak_bytes)),
+    ("time", "seconds in training steps", lambda row: row.seconds or None),
+    ("size stored", "stored a task (MiB)", lambda row: _mebibytes(row.stored_bytes)),
+    ("forgetting", "rise of the loss on general text (nats)", lambda row: row.forgetting),
 )
+
+
+def _mebibytes(num_bytes: int | None) -> float | None:
+    """Return bytes in MiB; None where there are none, which has no place on a logarithmic axis."""
+    return num_bytes / 2**20 if num_bytes else None
 
 
 def _lead(findings: Findings) -> str:
@@ -178,20 +177,28 @@ def _lead(findings: Findings) -> str:
 
 
 def _note(findings: Findings) -> str:
-    general = (
-        " Forgetting is the rise of the loss (nats a token) on general text."
-        if "forgetting" in columns(findings)
-        else ""
-    )
-    prompt = (
-        " Rows that end in -shot train nothing: the untrained model is asked, with so many "
-        "examples of the training data before each prompt."
-        if "longer prompt" in columns(findings)
-        else ""
-    )
-    return (
-        "Intervals and p-values come from the paired bootstrap over evaluation rows and seeds; "
-        f"marked rows cannot be told from the best (p >= {SIGNIFICANT}). Inference is the time of "
-        f"a forward pass over the plain base's; a merged model is a plain one again, so merging, "
-        f"where a method can, brings it to 1 x.{general}{prompt}"
-    )
+    """Return how to read the columns that are there."""
+    shown = columns(findings)
+    said = [
+        _chance(findings),
+        f"Marked rows cannot be told from the best (p >= {SIGNIFICANT}).",
+        *(_EXPLAINED[title] for title in shown if title in _EXPLAINED),
+        findings.facts.get("remark", ""),
+    ]
+    return " ".join(said)
+
+
+def _chance(findings: Findings) -> str:
+    """Return what was drawn again for the intervals."""
+    drawn = "evaluation rows" if findings.one_seed else "evaluation rows and seeds"
+    return f"Intervals and p-values come from the paired bootstrap over {drawn}."
+
+
+_EXPLAINED: Final = {
+    "inference": "Inference is the time of a forward pass over the plain base's; a merged model is "
+    "a plain one again, so merging, where a method can, brings it to 1 x.",
+    "forgetting": "Forgetting is the rise of the loss (nats a token) on general text.",
+    "longer prompt": "Rows that end in -shot train nothing: the untrained model is asked, with so "
+    "many examples of the training data before each prompt.",
+}
+"""What a heading means, where that is not plain."""

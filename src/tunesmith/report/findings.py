@@ -120,6 +120,11 @@ class Findings:
         """Return the rows that trained, best first."""
         return [row for row in self.rows if row.quality is not None and not row.baseline]
 
+    @property
+    def one_seed(self) -> bool:
+        """Return whether no row was trained twice; intervals then cover the rows' choice only."""
+        return all(len(row.values) < 2 for row in self.trained)
+
     def learned(self) -> bool:
         """Return whether the best row beats the untuned model; if not, ranks say nothing."""
         base = next((row.quality for row in self.rows if row.baseline), None)

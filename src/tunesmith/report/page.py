@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tunesmith.errors import CheckpointError
 from tunesmith.report import words
 from tunesmith.report.curves import Chart, draw
 from tunesmith.report.record import Record, read_record
 from tunesmith.report.template import fill
+
+_ROLL_OUTS: Final = {
+    "reward": "Reward of the replies",
+    "kl": "KL to the reference (nats per reply)",
+    "length": "Tokens per reply",
+    "ended": "Share of replies that end by themselves",
+    "value_explained": "Variance of returns that the value function explains",
+}
+"""What is drawn of the replies that a run learns from, and its title."""
 
 
 class MetricRow(NamedTuple):
@@ -22,6 +31,14 @@ class MetricRow(NamedTuple):
     after: str
     change: str
     better: bool | None
+
+
+class Round(NamedTuple):
+    """Some replies of one roll-out."""
+
+    title: str
+    replies: list[tuple[str, str, str]]
+    """Prompt, reply, and its reward in words."""
 
 
 class Cell(NamedTuple):
@@ -72,6 +89,7 @@ def render(record: Record) -> str:
         charts=charts(record),
         confusion=confusion(record),
         samples=record.samples,
+        rounds=rounds(record),
         proofs=record.summary.get("proofs", []),
         warnings=_warnings(record),
         facts={title: words.flat(content) for title, content in facts.items() if content},
@@ -95,6 +113,25 @@ def metric_rows(record: Record) -> list[MetricRow]:
             words.improved(name, before.get(name), after.get(name)),
         )
         for name in dict.fromkeys((*after, *before))
+    ]
+
+
+def rounds(record: Record) -> list[Round]:
+    """Return replies of the first and of the last roll-out that the run learned from."""
+    told = [event for event in record.of_kind("gathered") if event.get("samples")]
+    return [
+        Round(
+            f"{place} roll-out, before step {event.get('step')}",
+            [
+                (
+                    str(sample.get("prompt", "")),
+                    str(sample.get("reply", "")),
+                    words.metric("reward", sample.get("reward")),
+                )
+                for sample in event["samples"]
+            ],
+        )
+        for place, event in zip(("First", "Last"), (told[:1] + told[1:][-1:]), strict=False)
     ]
 
 
@@ -144,15 +181,15 @@ def _charts(record: Record) -> Iterator[Chart]:
     evaluations = record.evaluations()
     loss, evaluated_loss = record.course("loss"), evaluations.pop("loss", [])
     if loss or evaluated_loss:
-        labelled = record.summary.get("objective", "sft") in {
-            "classification",
-            "token_classification",
-        }
-        title = "Loss" if labelled else "Loss (nats per token)"
+        per_token = record.summary.get("objective", "sft") in {"sft", "distillation"}
+        title = "Loss (nats per token)" if per_token else "Loss"
         yield draw(title, loss, marks=evaluated_loss, smooth=True)
     for name, points in evaluations.items():
         if len(points) > 1:
             yield draw(f"{words.metric_name(name)} in evaluation", (), marks=points)
+    for key, title in _ROLL_OUTS.items():
+        if points := record.gathered(key):
+            yield draw(f"{title}, each roll-out", (), marks=points)
     if points := record.course("learning_rate"):
         yield draw("Learning rate", points)
     if points := record.course("grad_norm"):

@@ -18,9 +18,11 @@ def recommendation(findings: Findings) -> list[str]:
     best, equal = trained[0], findings.as_good_as_best()
     return [
         _best(findings, best),
+        *_nothing_learned(findings),
         _others(findings, best, equal),
         *_savings(findings, best, equal),
         *_forgetting(best, equal),
+        *_one_seed(findings),
         *_failures(findings),
     ]
 
@@ -43,6 +45,15 @@ def _best(findings: Findings, best: FoundRow) -> str:
     )
 
 
+def _nothing_learned(findings: Findings) -> list[str]:
+    if findings.learned():
+        return []
+    return [
+        "Nothing beat the untuned model, so the order says nothing about the methods: give them "
+        "more steps, more data, or more rows to be judged by."
+    ]
+
+
 def _others(findings: Findings, best: FoundRow, equal: list[FoundRow]) -> str:
     if best.low is None:
         return "Intervals could not be computed, so the order alone says little."
@@ -55,6 +66,16 @@ def _others(findings: Findings, best: FoundRow, equal: list[FoundRow]) -> str:
     )
 
 
+def _one_seed(findings: Findings) -> list[str]:
+    """Say what the intervals leave out where nothing was trained twice."""
+    if not findings.one_seed or len(findings.trained) < 2:
+        return []
+    return [
+        "Every row is of one seed: the intervals cover which rows were judged, not the luck of "
+        "initial weights and of the data's order, and another seed may turn neighbours round."
+    ]
+
+
 def _savings(findings: Findings, best: FoundRow, equal: list[FoundRow]) -> list[str]:
     """Say which row among the equally good costs least, for each cost."""
     costs: list[tuple[str, Cost, Callable[[float], str]]] = [
@@ -65,7 +86,7 @@ def _savings(findings: Findings, best: FoundRow, equal: list[FoundRow]) -> list[
     said = []
     for what, cost, show in costs:
         priced = [(price, row) for row in equal if (price := cost(row)) is not None]
-        if len(priced) < 2:
+        if len({price for price, _ in priced}) < 2:
             continue
         price, row = min(priced, key=lambda pair: pair[0])
         most = cost(best)

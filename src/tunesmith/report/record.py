@@ -31,6 +31,12 @@ class Record:
         """Return (step, value) of a field of the optimiser steps, where it is a number."""
         return _numbers((event.get("step"), event.get(key)) for event in self.of_kind("step_done"))
 
+    def gathered(self, key: str) -> list[tuple[int, float]]:
+        """Return (first step that learns from them, value) of what was told of each roll-out."""
+        events = self.of_kind("gathered")
+        values = [event | event.get("measured", {}) for event in events]
+        return _numbers((value.get("step"), value.get(key)) for value in values)
+
     def evaluations(self) -> dict[str, list[tuple[int, float]]]:
         """Return (step, value) of every evaluation metric, where it is a number."""
         events = self.of_kind("evaluated")

@@ -30,11 +30,13 @@ class Dot(NamedTuple):
 def draw_costs(
     title: str, dots: Sequence[Dot], *, cost: str, quality: str, higher_is_better: bool
 ) -> Chart:
-    """Return quality against a cost on a logarithmic axis, with intervals and the Pareto front.
+    """Return quality against a cost, with intervals and the Pareto front.
+
+    The cost's axis is logarithmic where every cost is positive.
 
     Args:
         title: of the chart.
-        dots: the rows; every cost is positive.
+        dots: the rows.
         cost: name of the horizontal axis, with its unit.
         quality: name of the vertical axis.
         higher_is_better: which way quality points.
@@ -83,6 +85,8 @@ def _scale(axes: Axes, costs: Sequence[float]) -> None:
     """Make the horizontal axis logarithmic, with plain numbers where it spans few of them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    if min(costs) <= 0:
+        return
     axes.set_xscale("log")
     if max(costs) < 1000 * min(costs):
         plain = FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}")

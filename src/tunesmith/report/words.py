@@ -11,12 +11,14 @@ SHARES: Final = {
 }  # fmt: skip
 """Metrics from 0 to 1 that are read as a percentage."""
 LESS_IS_BETTER: Final = {"loss", "perplexity", "mse"}
-NEITHER_IS_BETTER: Final = {"threshold"}
+NEITHER_IS_BETTER: Final = {"threshold", "kl", "length", "ended"}
 _NAMES: Final = {
     "bleu": "BLEU", "rouge_l": "ROUGE-L", "mcc": "MCC", "mse": "Mean squared error",
     "entity_f1": "Entity F1", "macro_f1": "Macro-F1", "micro_f1": "Micro-F1",
     "best_micro_f1": "Micro-F1 at the best threshold",
     "threshold": "Best threshold",
+    "kl": "KL to the reference (nats per reply)", "length": "Tokens per reply",
+    "ended": "Share of replies that end by themselves",
 }  # fmt: skip
 
 

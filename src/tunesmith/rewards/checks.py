@@ -9,7 +9,7 @@ from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tunesmith.rewards.contract import Attempt, OpenRun, RewardKind, Scored, column, each_row
+from tunesmith.rewards.contract import RewardKind, Scored, column
 
 # 1,234.5 and 1234.5 are one number each; in "1, 2" and "10,20" the comma parts two.
 _NUMBER: Final = re.compile(
@@ -31,15 +31,6 @@ class Exact(RewardKind):
     wrong."""
     ignore_case: bool = False
     """Let Paris and paris be the same."""
-
-    @property
-    def label(self) -> str:
-        """`exact`."""
-        return self.kind
-
-    def attempts(self, open_run: OpenRun | None) -> Attempt:
-        """Return the check; it needs no reward model."""
-        return each_row(self.score)
 
     def score(self, row: Scored) -> float:
         """Return 1.0 or 0.0; white space around and within is compared as single blanks."""
@@ -68,15 +59,6 @@ class Number(RewardKind):
     """How far the number may be from the answer."""
     relative: bool = False
     """Take `tolerance` as a share of the answer."""
-
-    @property
-    def label(self) -> str:
-        """`number`."""
-        return self.kind
-
-    def attempts(self, open_run: OpenRun | None) -> Attempt:
-        """Return the check; it needs no reward model."""
-        return each_row(self.score)
 
     def score(self, row: Scored) -> float:
         """Return 1.0 or 0.0; a reply without a number is wrong.
@@ -115,16 +97,10 @@ class Regex(RewardKind):
             raise ValueError(f"{self.pattern!r} is no regular expression: {error}") from None
         return self
 
-    @property
-    def label(self) -> str:
-        """`regex`."""
-        return self.kind
-
-    def attempts(self, open_run: OpenRun | None) -> Attempt:
-        """Return the check; it needs no reward model."""
-        pattern = re.compile(self.pattern, re.DOTALL)
-        match = pattern.fullmatch if self.whole else pattern.search
-        return each_row(lambda row: float(match(row.reply) is not None))
+    def score(self, row: Scored) -> float:
+        """Return 1.0 or 0.0."""
+        match = re.fullmatch if self.whole else re.search  # which keep what they compiled
+        return float(match(self.pattern, row.reply, re.DOTALL) is not None)
 
 
 class Length(RewardKind):
@@ -148,15 +124,6 @@ class Length(RewardKind):
         if self.limit <= self.free:
             raise ValueError(f"`limit` {self.limit} must be above `free` {self.free}")
         return self
-
-    @property
-    def label(self) -> str:
-        """`length`."""
-        return self.kind
-
-    def attempts(self, open_run: OpenRun | None) -> Attempt:
-        """Return the penalty; it needs no reward model."""
-        return each_row(self.score)
 
     def score(self, row: Scored) -> float:
         """Return a number from -1 to 0."""

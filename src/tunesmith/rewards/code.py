@@ -51,11 +51,6 @@ class Code(RewardKind):
     workers: int = Field(default=0, ge=0)
     """Rows that run side by side; 0 takes the number of cores, at most 8."""
 
-    @property
-    def label(self) -> str:
-        """`code`."""
-        return self.kind
-
     def attempts(self, open_run: OpenRun | None) -> Attempt:
         """Return the check; it needs no reward model."""
         return self._score

@@ -35,8 +35,13 @@ OpenRun: TypeAlias = "Callable[[RunReward], Reward]"
 
 
 class RewardKind(Settings):
-    """One reward of a run file: the base of all kinds."""
+    """One reward of a run file: the base of all kinds.
 
+    A kind has either `score`, for one row, or `attempts` of its own.
+    """
+
+    kind: str
+    """What it is, which is also what tells the kinds apart."""
     weight: float = 1.0
     """What its score is multiplied by before all rewards are added."""
     on_error: float | Literal["stop"] = "stop"
@@ -46,10 +51,23 @@ class RewardKind(Settings):
     @property
     def label(self) -> str:
         """What metrics, tables and messages call it."""
-        raise NotImplementedError
+        return self.kind
 
     def attempts(self, open_run: OpenRun | None) -> Attempt:
-        """Return what scores rows, errors in their places."""
+        """Return what scores rows, errors in their places; by default `score`, row by row.
+
+        Args:
+            open_run: gives reward models to the kind that asks one; None where there is none.
+        """
+        del open_run
+        return each_row(self.score)
+
+    def score(self, row: Scored) -> float:
+        """Return the score of one row.
+
+        Raises:
+            ValueError: the row cannot be scored; the message says why.
+        """
         raise NotImplementedError
 
 

@@ -12,7 +12,7 @@ from typing import Final, Literal
 from pydantic import Field
 
 from tunesmith.rewards.checks import part_after
-from tunesmith.rewards.contract import Attempt, OpenRun, RewardKind, Scored, column, each_row
+from tunesmith.rewards.contract import RewardKind, Scored, column
 
 _OPERATORS: Final[dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]]] = {
     ast.Add: operator.add,
@@ -42,15 +42,6 @@ class Countdown(RewardKind):
     """Score of an expression that uses the numbers rightly and misses the target."""
     use_all: bool = False
     """Every number has to be used."""
-
-    @property
-    def label(self) -> str:
-        """`countdown`."""
-        return self.kind
-
-    def attempts(self, open_run: OpenRun | None) -> Attempt:
-        """Return the check; it needs no reward model."""
-        return each_row(self.score)
 
     def score(self, row: Scored) -> float:
         """Return 1.0, `partial` or 0.0."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import SetupError
 from tunesmith.rewards.checks import last_fenced
-from tunesmith.rewards.contract import Attempt, OpenRun, RewardKind, Scored, column, each_row
+from tunesmith.rewards.contract import Attempt, OpenRun, RewardKind, Scored, column
 
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
@@ -24,11 +24,6 @@ class JsonSchema(RewardKind):
     column: str = "schema"
     """Without `shape`: the column that holds the schema, as a mapping or as JSON text."""
 
-    @property
-    def label(self) -> str:
-        """`json_schema`."""
-        return self.kind
-
     def attempts(self, open_run: OpenRun | None) -> Attempt:
         """Return the check; it needs no reward model.
 
@@ -40,7 +35,7 @@ class JsonSchema(RewardKind):
                 "the reward json_schema needs the package jsonschema: "
                 "pip install 'tunesmith[rewards]'"
             )
-        return each_row(self.score)
+        return super().attempts(open_run)
 
     def score(self, row: Scored) -> float:
         """Return 1.0 or 0.0.

@@ -21,11 +21,6 @@ class RunReward(RewardKind):
     reads: Literal["reply", "prompt_and_reply"] = "reply"
     """Of a classifier: the text that it is given; prompt and reply simply follow each other."""
 
-    @property
-    def label(self) -> str:
-        """`run`."""
-        return self.kind
-
     def attempts(self, open_run: OpenRun | None) -> Attempt:
         """Return the reward model's scores.
 

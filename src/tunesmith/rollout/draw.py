@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,6 +15,8 @@ _FIRST: Final = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _SECOND: Final = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 _BITS: Final = 24
 """Of a uniform number: as many as float32 tells apart below 1."""
+_STRETCH: Final = 128
+"""Tokens of the vocabulary that are looked at one by one."""
 
 
 class Drawn(NamedTuple):
@@ -46,18 +49,22 @@ class Drawing(NamedTuple):
             seeds: (rows,) int64.
             step: () int64, the place of the token in the reply.
         """
-        logits = logits.float()
-        log_sum = logits.logsumexp(-1)
+        largest = logits.amax(-1, keepdim=True).float()
+        sums = _sums(logits, largest)
+        log_sum = largest[:, 0] + sums.sum(-1).log()
         if self.temperature == 0:
             tokens = logits.argmax(-1)
+        elif self._is_plain(logits):
+            tokens = _found(logits, largest, sums, uniform(seeds, step))
         else:
-            probs = self._kept(logits / self.temperature).softmax(-1)
-            below = probs.cumsum(-1)
-            # u < 1 strictly, so that the place lies before the end of the last kept token.
-            place = uniform(seeds, step)[:, None] * below[:, -1:]
-            found = torch.searchsorted(below, place, right=True)[:, 0]
-            tokens = found.clamp(max=logits.shape[-1] - 1)
-        return Drawn(tokens, logits.gather(-1, tokens[:, None])[:, 0] - log_sum)
+            scores = self._kept(logits.float() / self.temperature)
+            most = scores.amax(-1, keepdim=True)
+            tokens = _found(scores, most, _sums(scores, most), uniform(seeds, step))
+        return Drawn(tokens, logits.gather(-1, tokens[:, None])[:, 0].float() - log_sum)
+
+    def _is_plain(self, logits: Tensor) -> bool:
+        cuts = self.top_p < 1 or 0 < self.top_k < logits.shape[-1]
+        return self.temperature == 1 and not cuts
 
     def _kept(self, logits: Tensor) -> Tensor:
         """Return `logits` with -inf where top_k and top_p leave a token out."""
@@ -72,6 +79,49 @@ class Drawing(NamedTuple):
             left_out = torch.zeros_like(left_out).scatter(-1, places, left_out)
             logits = logits.masked_fill(left_out, -torch.inf)
         return logits
+
+
+def _sums(scores: Tensor, largest: Tensor) -> Tensor:
+    """Return the sums of exp(score - largest) over stretches of the vocabulary.
+
+    A token is then found by a look at these and at one stretch: running sums over the vocabularies
+    of all rows would take as long as the model.
+
+    Args:
+        scores: (rows, vocab) float.
+        largest: (rows, 1) float32.
+
+    Returns:
+        (rows, stretches) float32.
+    """
+    weights = (scores.float() - largest).exp()
+    if missing := -weights.shape[-1] % _STRETCH:
+        weights = F.pad(weights, (0, missing))
+    return weights.reshape(weights.shape[0], -1, _STRETCH).sum(-1)
+
+
+def _found(scores: Tensor, largest: Tensor, sums: Tensor, share: Tensor) -> Tensor:
+    """Return the tokens, (rows,) int64, at which the share (rows,) of all weight is reached."""
+    stretch, rest = _reached(sums, share * sums.sum(-1))
+    tokens = stretch[:, None] * _STRETCH + torch.arange(_STRETCH, device=scores.device)
+    there = tokens < scores.shape[-1]
+    some = scores.gather(-1, tokens.clamp(max=scores.shape[-1] - 1)).float()
+    inside, _ = _reached(torch.where(there, (some - largest).exp(), 0.0), rest)
+    return stretch * _STRETCH + inside
+
+
+def _reached(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the running sums of `weights` (rows, n) go beyond `target`, and what is left.
+
+    A weight of 0 is never the place, however sums round.
+    """
+    sums = weights.cumsum(-1)
+    beyond = torch.where(weights > 0, sums, 0.0)
+    target = torch.minimum(target, beyond.amax(-1) * (1 - 2**-_BITS))
+    # The first of equal ones is what argmax gives.
+    place = (beyond > target[:, None]).to(torch.uint8).argmax(-1, keepdim=True)
+    before = (sums - weights).gather(-1, place)[:, 0]
+    return place[:, 0], (target - before).clamp(min=0)
 
 
 def uniform(seeds: Tensor, step: Tensor) -> Tensor:

@@ -6,20 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from tunesmith.errors import ModelError
 from tunesmith.models.context import context_length
-from tunesmith.models.modes import evaluating
-from tunesmith.rollout.decode import FixedDecoder, GrowingDecoder, Padded, fixed_cache_serves
+from tunesmith.models.modes import evaluating, prepared
+from tunesmith.rollout.decode import GrowingDecoder, Padded
 from tunesmith.rollout.draw import Drawing
+from tunesmith.rollout.fixed import FixedDecoder, fixed_cache_serves
 from tunesmith.rollout.generate import require_room
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     from tunesmith.rollout.decode import Decoder
-    from tunesmith.rollout.draw import Drawn
 
 Decoding = Literal["auto", "growing", "fixed"]
 _LOOK_EVERY: Final = 16
@@ -61,6 +63,12 @@ class Stops:
             ends.append(low)
         return min(ends, default=None)
 
+    def may_end(self, new: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return in which rows of `new` (rows, tokens) `end_of` may find something, (rows,)."""
+        if self.strings:
+            return np.ones(len(new), np.bool_)
+        return np.asarray(np.isin(new, list(self.tokens)).any(axis=1))
+
     def _said(self, tokens: Sequence[int]) -> bool:
         assert self.text is not None  # noqa: S101 - whoever gives strings gives this
         said = self.text(tokens)
@@ -78,6 +86,7 @@ def sample(
     drawing: Drawing = _PLAIN,
     batch_size: int = 64,
     decoding: Decoding = "auto",
+    compiled: bool = False,
 ) -> list[Reply]:
     """Return a reply to each prompt, in the given order.
 
@@ -98,6 +107,7 @@ def sample(
         decoding: growing appends to the cache, and finished rows leave the batch; fixed has a
             cache of one size, on CUDA with the whole step as one graph; auto takes the second on
             CUDA where the model allows it.
+        compiled: with a fixed cache, compile the step, which takes some seconds the first time.
 
     Raises:
         DataError: a prompt is empty or leaves no room in the model's context.
@@ -114,7 +124,7 @@ def sample(
     replies: dict[int, Reply] = {}
     # Prompts of like length share a batch: less padding, and as much room for each.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), prepared(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             longest = len(prompts[chosen[0]])
@@ -125,60 +135,61 @@ def sample(
                 pad_token_id=pad_token_id,
                 device=model.device,
             )
-            decoder = _decoder(model, drawing, rows, room=room, decoding=decoding)
+            fixed = _is_fixed(model, decoding)
+            decoder: Decoder = (
+                FixedDecoder(
+                    model,
+                    drawing,
+                    rows,
+                    room=room,
+                    graphs=model.device.type == "cuda",
+                    compiled=compiled,
+                )
+                if fixed
+                else GrowingDecoder(model, drawing, rows)
+            )
             replies |= zip(chosen, _written(decoder, len(chosen), room, stops), strict=True)
     return [replies[index] for index in range(len(prompts))]
 
 
-def _decoder(
-    model: PreTrainedModel, drawing: Drawing, rows: Padded, *, room: int, decoding: Decoding
-) -> Decoder:
-    on_device = rows.ids.device.type == "cuda"
+def _is_fixed(model: PreTrainedModel, decoding: Decoding) -> bool:
     serves = fixed_cache_serves(model)
     if decoding == "fixed" and not serves:
         raise ModelError(
             f"decoding: fixed is not for {type(model).__name__} with these methods; use auto"
         )
-    if decoding == "fixed" or (decoding == "auto" and on_device and serves):
-        return FixedDecoder(model, drawing, rows, room=room, graphs=on_device)
-    return GrowingDecoder(model, drawing, rows)
+    return decoding == "fixed" or (decoding == "auto" and model.device.type == "cuda" and serves)
 
 
 def _written(decoder: Decoder, count: int, room: int, stops: Stops) -> list[Reply]:
     """Return the replies of a batch of `count` rows, at most `room` tokens each."""
-    tokens: list[list[int]] = [[] for _ in range(count)]
-    log_probs: list[list[float]] = [[] for _ in range(count)]
+    tokens = np.zeros((count, room), np.int64)
+    log_probs = np.zeros((count, room), np.float32)
     ends: dict[int, int] = {}
-    there, new = list(range(count)), [decoder.drawn]
+    there, new, seen = np.arange(count), [decoder.drawn], 0
     look_every = 1 if decoder.drawn.tokens.device.type == "cpu" else _LOOK_EVERY
     for step in range(1, room + 1):
         if step % look_every == 0 or step == room:
-            _read(new, there, tokens, log_probs)
-            new = []
-            ends |= {r: end for r in there if (end := stops.end_of(tokens[r])) is not None}
-            alive = [place for place, row in enumerate(there) if row not in ends]
+            tokens[there, seen:step] = torch.stack([x.tokens for x in new], 1).cpu().numpy()
+            log_probs[there, seen:step] = torch.stack([x.log_probs for x in new], 1).cpu().numpy()
+            for row in there[stops.may_end(tokens[there, seen:step])].tolist():
+                end = None if row in ends else stops.end_of(tokens[row, :step].tolist())
+                ends |= {} if end is None else {row: end}
+            alive = [place for place, row in enumerate(there.tolist()) if row not in ends]
             if not alive:
                 break
             # Half of them at least: each departure copies the cache of those that stay.
             if len(alive) <= len(there) // 2:
                 kept = torch.tensor(alive, device=decoder.drawn.tokens.device)
-                there = [there[place] for place in alive] if decoder.keep(kept) else there
+                there = there[alive] if decoder.keep(kept) else there
+            new, seen = [], step
         if step < room:
             new.append(decoder.advance())
     return [
-        Reply(tokens[row][: ends.get(row)], log_probs[row][: ends.get(row)], row in ends)
+        Reply(
+            tokens[row, : ends.get(row)].tolist(),
+            log_probs[row, : ends.get(row)].tolist(),
+            row in ends,
+        )
         for row in range(count)
     ]
-
-
-def _read(
-    new: Sequence[Drawn],
-    there: Sequence[int],
-    tokens: list[list[int]],
-    log_probs: list[list[float]],
-) -> None:
-    """Append what was drawn since the last look to the rows that were there."""
-    for place, row in enumerate(torch.stack([x.tokens for x in new], dim=1).tolist()):
-        tokens[there[place]] += row
-    for place, values in enumerate(torch.stack([x.log_probs for x in new], dim=1).tolist()):
-        log_probs[there[place]] += values

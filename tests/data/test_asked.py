@@ -1,0 +1,53 @@
+"""Prompts of runs that learn from the model's own replies: what is read, and what is left out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import tiny_tokenizer
+from tunesmith.data.asked import AskedData, prepare_asked
+from tunesmith.data.settings import DataSettings, Source
+from tunesmith.errors import DataError
+
+
+def asked(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> AskedData:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    data = DataSettings(train=[Source(path=str(path))], shuffle=False, **settings)
+    return prepare_asked(data, tiny_tokenizer(), seed=0, reply_length=16)
+
+
+def test_a_prompt_comes_with_the_columns_of_its_row(tmp_path: Path) -> None:
+    (row,) = asked(tmp_path, [{"prompt": "1 + 1 =", "answer": 2}]).train.take(1)
+    assert row.text == "1 + 1 ="
+    assert row.columns["answer"] == 2
+    assert "1 + 1 =" in tiny_tokenizer().decode(row.input_ids)
+
+
+def test_prompts_that_leave_no_room_for_a_reply_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}"} for n in range(9)]
+    long = {"prompt": "x" * 100}
+    report = asked(tmp_path, [*rows, long], max_length=64).train_report
+    assert report.kept == 9
+    assert report.sources[0].dropped == 1
+    assert "1 too long for a reply and dropped" in report.lines()[0]
+    with pytest.raises(DataError, match=r"1 of 3 prompts have more than 48 tokens"):
+        asked(tmp_path, [*rows[:2], long], max_length=64)
+
+
+def test_a_prompt_may_be_cut_instead(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "abcdef" * 20}))
+    data = DataSettings(train=[Source(path=str(path))], max_length=64)
+    tokenizer = tiny_tokenizer()
+    found = prepare_asked(data, tokenizer, seed=0, reply_length=16, prompt_tokens=30)
+    (row,) = found.train.take(1)
+    assert len(row.input_ids) == 30
+
+
+@pytest.mark.parametrize("row", [{"answer": 2}, {"messages": []}], ids=str)
+def test_a_row_that_asks_nothing_is_named(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl.*row 2"):
+        asked(tmp_path, [{"prompt": "a"}, row])
