@@ -3,7 +3,13 @@
 `make_curves.py` records the curves anew. Those of a GPU are compared in tests/gpu/test_curves.py.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
 from curves import CONFIGURATIONS, STEPS, curve, recorded
 
 ON_CPU = [name for name, its in CONFIGURATIONS.items() if its.device == "cpu"]

@@ -358,9 +358,11 @@ def enable_segments(model: PreTrainedModel, asked: Asked = "auto") -> bool:
 def suppose_segments(model: PreTrainedModel) -> bool:
     """Give a model without weights what `enable_segments` would, and return whether it may have it.
 
-    Nothing can be proved where nothing can be computed; for a plan.
+    Nothing can be proved where nothing can be computed; for a plan. With a sliding window the
+    attention reads where segments end, which a plan's batch does not say.
     """
-    if not may_keep_segments_apart(model):
+    slides = getattr(model.config.get_text_config(), "sliding_window", None)
+    if slides or not may_keep_segments_apart(model):
         return False
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
