@@ -178,7 +178,8 @@ def _map(experts: nn.Module, name: str, x: Tensor, *, rows: Rows, extras: Extras
     """Return the map `name` of x (rows, in), with what is added to it: (rows, out)."""
     for extra in extras:
         x = extra.before(name, x, rows)
-    output = rows.linear(x, experts.get_parameter(name))
+    # Not get_parameter: while a block is traced, plain tensors stand in for its parameters.
+    output = rows.linear(x, getattr(experts, name))
     for extra in extras:
         output = extra.after(name, x, output, rows)
     return output
