@@ -23,7 +23,6 @@ from tunesmith.data.prepare import PreparedData
 from tunesmith.data.rows import TokenRow, join
 from tunesmith.engine.distribution import Peers, connect
 from tunesmith.engine.events import CheckpointingChosen, Event, MicroBatchHalved, StepDone, Warned
-from tunesmith.engine.loop import fit
 from tunesmith.jobs.assemble import (
     Assembled,
     Program,
@@ -31,7 +30,7 @@ from tunesmith.jobs.assemble import (
     choose_dtypes,
     choose_padding,
 )
-from tunesmith.jobs.train import task_of
+from tunesmith.jobs.train import fit_run, task_of
 from tunesmith.models.quantize import quantise, require_quantiser
 from tunesmith.spec import Run, validate
 
@@ -265,18 +264,7 @@ def measure(job: Job, *, profile: Path | None = None) -> dict[str, Any]:
         clock.built = time.perf_counter()
         trainable = sum(p.numel() for p in assembled.tuned.trainable().values())
         with contextlib.suppress(Enough):
-            fit(
-                task_of(assembled),
-                train=run.train,
-                checkpoint=run.checkpoint,
-                evaluation=run.evaluation,
-                engine=run.engine,
-                tracking=run.tracking,
-                run_dir=Path(folder),
-                seed=run.seed,
-                listeners=[clock],
-                peers=peers,
-            )
+            fit_run(run, task_of(assembled), run_dir=Path(folder), listeners=[clock], peers=peers)
     del assembled
     gc.collect()
     if peers.device.type == "cuda":

@@ -25,7 +25,7 @@ from tunesmith.engine.blocks import Blocks, training_blocks
 from tunesmith.engine.compiled import compiles
 from tunesmith.engine.events import Event, Warned
 from tunesmith.engine.settings import EngineSettings
-from tunesmith.methods import LoRA
+from tunesmith.methods import LoRA, ReFT
 from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.attention import enable_segments
 from tunesmith.ops.loss_by_logits import is_plain
@@ -93,6 +93,19 @@ def test_compiled_blocks_give_the_same_gradients(
         found = gradients(tuned, family)
         assert not running.failed
         assert graphs() > 0
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [[3], [0], [1, 2]])
+def test_blocks_with_a_method_and_blocks_without_get_graphs_of_their_own(layers: list[int]) -> None:
+    tuned = trained(attach(tiny_llama(num_hidden_layers=4), ReFT(rank=2, layers=layers)))
+    tuned.model.train()
+    expected = gradients(tuned, "llama")
+    with training(tuned.model, blocks_of(tuned)) as running:
+        found = gradients(tuned, "llama")
+        assert not running.failed
+        assert graphs() >= 2
+    assert expected.keys() == tuned.trainable().keys()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 

@@ -10,9 +10,8 @@ import torch
 
 from tunesmith.engine.distribution import connect
 from tunesmith.engine.events import Event, StepDone
-from tunesmith.engine.loop import fit
 from tunesmith.jobs.assemble import assemble
-from tunesmith.jobs.train import task_of
+from tunesmith.jobs.train import fit_run, task_of
 from tunesmith.models.zoo import is_cached
 from tunesmith.spec import validate
 
@@ -80,18 +79,8 @@ def curve(configuration: Configuration, *, steps: int = STEPS) -> list[float]:
             losses.append(event.loss)
 
     with TemporaryDirectory() as folder:
-        fit(
-            task_of(assemble(run, peers, lambda _: None)),
-            train=run.train,
-            checkpoint=run.checkpoint,
-            evaluation=run.evaluation,
-            engine=run.engine,
-            tracking=run.tracking,
-            run_dir=Path(folder),
-            seed=run.seed,
-            listeners=[listen],
-            peers=peers,
-        )
+        task = task_of(assemble(run, peers, lambda _: None))
+        fit_run(run, task, run_dir=Path(folder), listeners=[listen], peers=peers)
     return losses
 
 

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
-from tunesmith import LoRA, PromptTuning, attach
+from tunesmith import LoRA, PromptTuning, ReFT, attach
 from tunesmith.errors import DataError, ModelError
 from tunesmith.rollout import compiled
 from tunesmith.rollout.draw import Drawing, row_seeds, uniform
@@ -174,6 +174,22 @@ def test_a_compiled_step_is_one_graph_for_all_blocks(monkeypatch: pytest.MonkeyP
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
     assert all(block._compiled_call_impl is None for block in model.model.layers)
+
+
+def test_a_compiled_step_knows_which_blocks_have_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    torch._dynamo.reset()
+    model = tiny_llama(num_hidden_layers=3)
+    tuned = attach(model, ReFT(rank=4, layers=[2]))
+    with torch.no_grad():
+        for parameter in tuned.trainable().values():
+            parameter.add_(torch.randn_like(parameter))
+    plain = replies(model, PROMPTS, decoding="fixed", compiled=False, max_new_tokens=4)
+    found = replies(model, PROMPTS, decoding="fixed", compiled=True, max_new_tokens=4)
+    for expected, reply in zip(plain, found, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(reply.log_probs), torch.tensor(expected.log_probs), atol=1e-4, rtol=0
+        )
 
 
 def test_a_step_that_cannot_be_compiled_runs_as_it_is(

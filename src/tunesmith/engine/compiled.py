@@ -107,7 +107,11 @@ def compiling(*, recomputes_pointwise: bool = False) -> Iterator[None]:
     with (
         _cache(),
         torch._dynamo.config.patch(
-            recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=8 * RECOMPILE_LIMIT
+            recompile_limit=RECOMPILE_LIMIT,
+            accumulated_recompile_limit=8 * RECOMPILE_LIMIT,
+            # Blocks share code and a method may hang on some of them only. PyTorch leaves hooks
+            # out of what it checks before it takes a graph, and would take one without the method.
+            skip_nnmodule_hook_guards=False,
         ),
         torch._functorch.config.patch(
             aggressive_recomputation=recomputes_pointwise,

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
+    from tunesmith.engine.blocks import Start
     from tunesmith.methods.tuned import TunedModel
     from tunesmith.spec import Run
     from tunesmith.types import JSON, Batch, Proof
@@ -229,24 +230,46 @@ def _fit(
         task.rows = Experience(assembled, peers, recorder.examiner.reward, listeners)
     task.evaluate = recorder.examiner.examine if recorder.examiner.has_rows else None
     try:
-        return fit(
+        return fit_run(
+            run,
             task,
-            train=run.train,
-            checkpoint=run.checkpoint,
-            evaluation=run.evaluation,
-            engine=run.engine,
-            tracking=run.tracking,
             run_dir=recorder.directory.path,
-            seed=run.seed,
             listeners=listeners,
-            resume_from=resume_from,
             peers=peers,
+            resume_from=resume_from,
             start=start_of(assembled, peers),
         )
     finally:
         for listener in listeners:
             if isinstance(listener, Console | JsonlWriter | Trackers):
                 listener.close()
+
+
+def fit_run(
+    run: Run,
+    task: Task[Any],
+    *,
+    run_dir: Path,
+    listeners: Sequence[Listener],
+    peers: Peers,
+    resume_from: Path | None = None,
+    start: Start | None = None,
+) -> Outcome:
+    """Train `task` by the settings of `run`; arguments and errors are those of `fit`."""
+    return fit(
+        task,
+        train=run.train,
+        checkpoint=run.checkpoint,
+        evaluation=run.evaluation,
+        engine=run.engine,
+        tracking=run.tracking,
+        run_dir=run_dir,
+        seed=run.seed,
+        listeners=listeners,
+        resume_from=resume_from,
+        peers=peers,
+        start=start,
+    )
 
 
 def learning_rate_scales(run: Run, tuned: TunedModel) -> dict[str, float]:

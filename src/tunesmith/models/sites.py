@@ -152,6 +152,17 @@ def find_sites(model: PreTrainedModel) -> Sites:
     )
 
 
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the blocks that write the text, the first one first; methods may hang on them.
+
+    Raises:
+        ModelError: the architecture has none where the table says.
+    """
+    family = FAMILIES[model.config.model_type]
+    backbone = next(name for name, m in model.named_modules() if m is model.base_model)
+    return list(_stack(model, _join(backbone, family.blocks)))
+
+
 def weight_of(module: nn.Module, kind: Kind) -> Tensor:
     """Return a view (out, in) of a projection's weight, however it stores it."""
     weight = module.get_parameter("weight")

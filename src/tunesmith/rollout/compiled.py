@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from tunesmith.models.sites import find_sites
+from tunesmith.models.sites import decoder_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,15 +70,16 @@ def compiled_blocks(
     """Run the blocks of `model` compiled inside a `with` block, each with its own layer of `cache`.
 
     Args:
-        model: any whose sites are known.
+        model: any whose architecture is in the table.
         cache: what the model is called with.
         layers: of the cache, one a block.
     """
-    sites = find_sites(model)
-    blocks = [model.get_submodule(block.path) for block in sites.blocks]
+    blocks = decoder_blocks(model)
     before = [block._compiled_call_impl for block in blocks]
     with torch._dynamo.config.patch(
-        recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=8 * _RECOMPILE_LIMIT
+        recompile_limit=_RECOMPILE_LIMIT,
+        accumulated_recompile_limit=8 * _RECOMPILE_LIMIT,
+        skip_nnmodule_hook_guards=False,  # a method may hang on some of the blocks only
     ):
         for block, layer in zip(blocks, layers, strict=True):
             # Where PyTorch's own Module.compile puts a compiled call.
