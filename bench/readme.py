@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignment_tables import in_readme
 from tunesmith.jobs.evidence import findings_from
@@ -23,7 +23,13 @@ PERFORMANCE = HERE.parent / "docs" / "performance.md"
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    slots = {"demo": demo(), "methods": methods(), "measured": measured(), "alignment": alignment()}
+    slots = {
+        "demo": demo(),
+        "methods": methods(),
+        "measured": measured(),
+        "gpu": beside_peers(),
+        "alignment": alignment(),
+    }
     for name, content in slots.items():
         text = filled(text, name, content)
     README.write_text(text, encoding="utf-8")
@@ -57,6 +63,60 @@ def measured_on_gpus() -> str:
         if picture.exists():
             lines += [f"![rates against the ceilings of the device]({picture.name})", ""]
     return "\n".join(lines).rstrip() or "Nothing was measured yet."
+
+
+def beside_peers() -> str:
+    """Return the jobs of gpu_sft.py's tables: the fastest peer, and the fastest of ours."""
+    lines = []
+    for path in sorted((HERE / "results").glob("*.md")):
+        page = path.read_text(encoding="utf-8").splitlines()
+        if not page[0].startswith("# Supervised fine-tuning on one "):
+            continue
+        jobs: dict[str, dict[str, Rate]] = {}
+        for line in page:
+            job, program, base, _, rate, memory, *_ = [*line.strip("| ").split(" | "), *[""] * 6]
+            if rate.replace(",", "").isdigit():
+                # A job's rows of one program are in the order of their rates.
+                kind = "ours" if program == "tunesmith" else "theirs"
+                found = Rate(rate, memory, base if kind == "ours" else "")
+                jobs.setdefault(job, {}).setdefault(kind, found)
+        lines += [
+            f"{page[0].removeprefix('# ')} (Llama 3.1 8B shape with random weights, rank 16, "
+            "4 x 2,048 tokens, unless the row says otherwise):",
+            "",
+            "| job | TRL + Liger | Tunesmith | |",
+            "|---|---|---|---|",
+            *(side_by_side(job, **found) for job, found in jobs.items() if "ours" in found),
+            "",
+            "All rows, what was aimed at and missed, and the versions: "
+            f"[bench/results/{path.name}](bench/results/{path.name}).",
+        ]
+    return "\n".join(lines)
+
+
+class Rate(NamedTuple):
+    """What a program came to, as it is written in a table."""
+
+    tokens: str
+    """A second."""
+    memory: str
+    """GiB."""
+    base: str
+    """What the weights are, where they are not what the dtype of the model says."""
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        base = self.base.removeprefix("none").removeprefix(", ")
+        return ", ".join(filter(None, (f"{self.tokens} tokens/s", f"{self.memory} GiB", base)))
+
+
+def side_by_side(job: str, ours: Rate, theirs: Rate | None = None) -> str:
+    """Return a line of the table."""
+    times = ""
+    if theirs is not None:
+        rates = [float(found.tokens.replace(",", "")) for found in (ours, theirs)]
+        times = f"{rates[0] / rates[1]:.2f} x"
+    return f"| {job} | {theirs or '-'} | {ours} | {times} |"
 
 
 def demo() -> str:
