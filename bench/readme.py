@@ -16,6 +16,8 @@ from tunesmith.report.findings import Findings, FoundRow
 
 COMPARISONS = ("compare-sentiment", "compare-e2e")
 """Files of results that `tunesmith compare` wrote as comparison.json."""
+ON_GPUS = ("# Supervised fine-tuning on one ", "# Where a step's time goes ", "# Roll-outs on one ")
+"""How the pages of bench/results begin that docs/performance.md shows."""
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PERFORMANCE = HERE.parent / "docs" / "performance.md"
@@ -52,11 +54,11 @@ def alignment() -> str:
 
 
 def measured_on_gpus() -> str:
-    """Return the tables of gpu_sft.py and gpu_rollout.py, and the pictures of roofline.py."""
+    """Return the tables that GPUs were measured by, and the pictures of roofline.py."""
     lines = []
     for path in sorted((HERE / "results").glob("*.md")):
         heading, _, rest = path.read_text(encoding="utf-8").partition("\n")
-        if not heading.startswith(("# Supervised fine-tuning on one ", "# Roll-outs on one ")):
+        if not heading.startswith(ON_GPUS):
             continue
         lines += [f"##{heading}", rest.rstrip(), ""]
         picture = PERFORMANCE.with_name(f"roofline-{path.stem}.svg")
