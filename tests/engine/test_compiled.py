@@ -25,7 +25,8 @@ from tunesmith.engine.blocks import Blocks, training_blocks
 from tunesmith.engine.compiled import compiles
 from tunesmith.engine.events import Event, Warned
 from tunesmith.engine.settings import EngineSettings
-from tunesmith.methods import LoRA, ReFT
+from tunesmith.methods import LlamaAdapter, LoRA, ReFT
+from tunesmith.methods.contract import Method
 from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.attention import enable_segments
 from tunesmith.ops.loss_by_logits import is_plain
@@ -96,9 +97,15 @@ def test_compiled_blocks_give_the_same_gradients(
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layers", [[3], [0], [1, 2]])
-def test_blocks_with_a_method_and_blocks_without_get_graphs_of_their_own(layers: list[int]) -> None:
-    tuned = trained(attach(tiny_llama(num_hidden_layers=4), ReFT(rank=2, layers=layers)))
+ON_SOME_BLOCKS = [
+    *(ReFT(rank=2, layers=layers) for layers in ([3], [0], [1, 2])),
+    LlamaAdapter(length=2, layers=2),
+]
+
+
+@pytest.mark.parametrize("method", ON_SOME_BLOCKS, ids=str)
+def test_blocks_with_a_method_and_blocks_without_get_graphs_of_their_own(method: Method) -> None:
+    tuned = trained(attach(tiny_llama(num_hidden_layers=4), method))
     tuned.model.train()
     expected = gradients(tuned, "llama")
     with training(tuned.model, blocks_of(tuned)) as running:
