@@ -20,7 +20,7 @@ from tunesmith.jobs.align_judge import win_rate
 from tunesmith.jobs.align_online import best_and_worst
 from tunesmith.jobs.align_replies import Asked, seeds_of
 from tunesmith.jobs.align_spec import load_alignment, merged
-from tunesmith.report.alignment import render, sentences
+from tunesmith.report.alignment import charts, render, sentences
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -167,6 +167,46 @@ def test_a_chain_killed_in_a_stage_goes_on_inside_it(
         assert all(torch.equal(resumed[key], expected[key]) for key in expected)
 
 
+JUDGE = """
+def judge(prompts, replies):
+    return [VALUE for _ in replies]
+"""
+
+
+def test_only_what_is_missing_or_of_other_settings_is_made_again(
+    chain: dict[str, Any], tmp_path: Path
+) -> None:
+    """A page, a judge whose file changed, and findings of a chain that was another."""
+    file = tmp_path / "judge.py"
+    file.write_text(JUDGE.replace("VALUE", "1.0"))
+    del chain["stages"][1]
+    chain["common"]["train"]["max_steps"] = 1
+    chain |= {"judge": {"kind": "file", "path": str(file), "function": "judge"}}
+    chain["judged"] = {"prompts": chain["common"]["data"]["train"], "limit": 2, "max_new_tokens": 3}
+    path = written(chain, tmp_path)
+    found = align(load_alignment(path), str(path), lambda _: None)
+    assert [verdict["reward"] for verdict in found["verdicts"]] == [1.0, 1.0]
+    replies = tmp_path / "runs" / "chain" / "judged" / "sft.json"
+    before = json.loads(replies.read_text())
+
+    (tmp_path / "runs" / "chain" / "sft" / "report.html").unlink()
+    file.write_text(JUDGE.replace("VALUE", "2.0"))
+    found = align(load_alignment(path), str(path), lambda _: None)
+    assert (tmp_path / "runs" / "chain" / "sft" / "report.html").is_file()
+    assert [verdict["reward"] for verdict in found["verdicts"]] == [2.0, 2.0]
+    after = json.loads(replies.read_text())
+    assert {n: v for n, v in after.items() if n not in {"rewards", "judged_by"}} == {
+        n: v for n, v in before.items() if n not in {"rewards", "judged_by"}
+    }
+
+    chain["stages"][0]["run"] = {"data": {"train": [{"path": "nowhere"}]}}
+    path = written(chain, tmp_path)
+    with pytest.raises(TrainingError, match="stage sft failed"):
+        align(load_alignment(path), str(path), lambda _: None)
+    left = {entry.name for entry in (tmp_path / "runs" / "chain").iterdir()}
+    assert not {"alignment.json", "report.html"} & left
+
+
 def test_a_stage_is_run_again_when_what_it_builds_on_changed(
     chain: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -238,6 +278,18 @@ def test_stages_name_each_others_outputs(chain: dict[str, Any], tmp_path: Path) 
     assert [name for name in ("sft", "dpo", "more") if alignment.merges(name)] == ["dpo"]
 
 
+def test_rounds_need_the_stage_that_scores_them(chain: dict[str, Any], tmp_path: Path) -> None:
+    online = {"rewards": [{"kind": "run", "path": "scorer"}]}
+    chain["stages"][1]["online"] = online
+    scorer = {"name": "scorer", "run": {"objective": {"name": "reward"}}}
+    chain["stages"].insert(1, scorer)
+    alignment = load_alignment(written(chain, tmp_path))
+    assert alignment.needs(alignment.stage("dpo")) == ["sft", "scorer"]
+    chain["stages"][1:] = reversed(chain["stages"][1:])
+    with pytest.raises(SpecError, match="stage 'dpo' needs 'scorer'"):
+        load_alignment(written(chain, tmp_path))
+
+
 def test_settings_over_others_replace_what_is_of_another_kind() -> None:
     common = {"method": {"name": "lora", "rank": 4}, "train": {"epochs": 1, "warmup": 2}}
     over = {"method": {"name": "ia3"}, "train": {"epochs": 3}}
@@ -294,6 +346,19 @@ def test_the_report_says_what_went_wrong() -> None:
     )
     assert "<svg" in page
     assert "&lt;b&gt;chain" in page
+    assert all(f">{name}<" in page for name in ("start", "step 5", "end"))
+    assert "prefers the better of a pair" not in page  # of which nothing is known here
+
+
+def test_the_course_is_that_of_the_policy_whose_checkpoints_were_judged() -> None:
+    verdicts = [
+        verdict("base", 0.0, kl=None),
+        verdict("kto", 1.0, won={"base": 0.6}, kl=3.0),
+        verdict("dpo", 2.0, won={"base": 0.9}, kl=4.0),
+        verdict("kto-step-5", 0.5, step=5, kl=1.0),
+    ]
+    (chart,) = charts(verdicts)
+    assert "0 at the start and 1 at KL 3" in chart.caption
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("rlhf-*.yaml")), ids=lambda p: p.stem)

@@ -13,6 +13,7 @@ from tiny import tiny_llama
 from tunesmith import LoRA, attach
 from tunesmith.errors import RewardError, SpecError
 from tunesmith.jobs.roles import with_roles
+from tunesmith.methods.roles import acting
 
 PLAIN = {"checkpointing": "none"}
 """What a value function with an adapter of its own needs."""
@@ -133,6 +134,33 @@ def test_four_roles_cost_less_than_a_fifth_of_a_model_more(
     held = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     assert set(base) <= set(held)
     assert sum(held.values()) < 1.2 * sum(base.values()) + adapters
+
+
+def test_the_reference_is_the_base_bitwise_whatever_the_roles_have_learned(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    model, ids = tiny_llama(), torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        base = model(ids).logits
+    tuned = attach(model, LoRA(rank=4))
+    with_roles(tuned, ppo(tmp_path, tiny_model, objective={"value": "adapter"}, engine=PLAIN))
+    attach(tuned, LoRA(rank=4), name="reward_0")
+    tuned.enable(False, "reward_0")
+    roles = ("default", "value", "reward_0")
+    with torch.no_grad():
+        for parameter in (p for role in roles for p in _of(tuned, role)):
+            parameter.normal_()
+        found = {}
+        for role in roles:
+            with acting(tuned, role):
+                found[role] = tuned.model(ids).logits
+        with tuned.disabled():
+            reference = tuned.model(ids).logits
+        policy = tuned.model(ids).logits
+    assert torch.equal(reference, base)
+    assert torch.equal(policy, found["default"])
+    differ = [base, *found.values()]
+    assert not any(torch.equal(a, b) for n, a in enumerate(differ) for b in differ[:n])
 
 
 def _of(tuned: tunesmith.TunedModel, name: str) -> list[torch.nn.Parameter]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.errors import TrainingError
 from tunesmith.jobs.align_spec import MERGED, Alignment, Stage
 from tunesmith.jobs.align_stages import Step, in_a_process, run_step
+from tunesmith.jobs.processes import alone
 from tunesmith.jobs.run_directory import write_json, write_text
 from tunesmith.report.alignment import write_alignment_report
 
@@ -38,8 +39,7 @@ def align(alignment: Alignment, source: str, say: Say) -> dict[str, Any]:
         SpecError: a stage says something that no run can mean.
         TrainingError: a stage failed; its own message was printed.
     """
-    alignment.directory.mkdir(parents=True, exist_ok=True)
-    write_text(alignment.directory / "align.yaml", alignment.to_yaml())
+    _open(alignment)
     _run_all(alignment, source, say)
     found: dict[str, Any] = {
         "name": alignment.name,
@@ -55,6 +55,16 @@ def align(alignment: Alignment, source: str, say: Say) -> dict[str, Any]:
     report = write_alignment_report(found, alignment.directory / "report.html")
     say(f"report: {report}")
     return found
+
+
+def _open(alignment: Alignment) -> None:
+    """Write align.yaml; what was found of a chain with other settings is no word on this one."""
+    file, text = alignment.directory / "align.yaml", alignment.to_yaml()
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        for name in ("alignment.json", "report.html"):
+            (alignment.directory / name).unlink(missing_ok=True)
+    alignment.directory.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
 
 
 def _run_all(alignment: Alignment, source: str, say: Say) -> None:
@@ -116,9 +126,10 @@ def _merge(run: Path, target: Path) -> None:
     from tunesmith.jobs.merge import merge
 
     unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    merge(run, unfinished)
-    os.replace(unfinished, target)
+    with alone(run):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        merge(run, unfinished)
+        os.replace(unfinished, target)
 
 
 def _evidence(alignment: Alignment, stage: Stage) -> dict[str, Any]:

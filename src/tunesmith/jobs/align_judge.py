@@ -13,12 +13,15 @@ import numpy as np
 
 from tunesmith.engine.checkpoint import checkpoints, load_trainable, step_of
 from tunesmith.jobs.align_replies import Asked, Said, Writing, held_out_prompts, said_by
+from tunesmith.jobs.align_stages import digest
 from tunesmith.jobs.result import load_run
 from tunesmith.jobs.reward_runs import open_reward_run
 from tunesmith.jobs.run_directory import write_json
 from tunesmith.measure.diversity import distinct, self_bleu
 from tunesmith.measure.intervals import bootstrap_interval, wilson_interval
 from tunesmith.rewards.build import build_reward
+from tunesmith.rewards.file import FileReward
+from tunesmith.rewards.run import RunReward
 
 if TYPE_CHECKING:
     from tunesmith.jobs.align_spec import JudgedSettings
@@ -58,7 +61,8 @@ class Judging:
 def judge(judging: Judging) -> None:
     """Write the replies of each policy with the judge's scores; what is there already stays."""
     replies = {policy.name: _replies(judging, policy) for policy in judging.policies}
-    missing = [name for name, found in replies.items() if "rewards" not in found]
+    judged_by = _judged_by(judging.judge)
+    missing = [name for name, found in replies.items() if found.get("judged_by") != judged_by]
     if not missing:
         return
     reward = build_reward(judging.judge, open_reward_run)
@@ -66,8 +70,21 @@ def judge(judging: Judging) -> None:
         found = replies[name]
         asked = [Asked(tuple(p["messages"]), p["columns"], []) for p in found["prompts"]]
         rows = [one.scored(reply) for one, reply in zip(asked, found["replies"], strict=True)]
-        found["rewards"] = reward(rows)
+        found |= {"rewards": reward(rows), "judged_by": judged_by}
         write_json(judging.folder / f"{name}.json", found)
+
+
+def _judged_by(judge: Sequence[RewardKind]) -> dict[str, Any]:
+    """Return who judges, with the content of what they are read from."""
+    files = {
+        one.path: Path(one.path, "summary.json") if isinstance(one, RunReward) else Path(one.path)
+        for one in judge
+        if isinstance(one, RunReward | FileReward)
+    }
+    return {
+        "judge": [one.model_dump(mode="json") for one in judge],
+        "files": {path: digest(file) for path, file in files.items()},
+    }
 
 
 def _replies(judging: Judging, policy: Policy) -> dict[str, Any]:
@@ -78,7 +95,6 @@ def _replies(judging: Judging, policy: Policy) -> dict[str, Any]:
         "policy": [policy.run.name, policy.tuned, policy.step],
         "of": summary.read_text(encoding="utf-8"),
         "settings": judging.settings.model_dump(mode="json"),
-        "judge": [reward.model_dump(mode="json") for reward in judging.judge],
     }
     if path.is_file():
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -22,8 +22,9 @@ from tunesmith.engine.distribution import connect
 from tunesmith.engine.evaluation import measuring
 from tunesmith.errors import DataError
 from tunesmith.jobs.assemble import choose_dtypes
+from tunesmith.jobs.base import load_base
 from tunesmith.models.chat import prepare_tokenizer
-from tunesmith.models.loading import load_model
+from tunesmith.models.loading import load_tokenizer
 from tunesmith.models.modes import autocasting
 from tunesmith.objectives.log_probs import reply_log_probs
 from tunesmith.rewards.contract import Scored, prompt_text
@@ -139,8 +140,8 @@ class Asking(NamedTuple):
         """Return the model that a run starts from, on the run's device."""
         peers = connect(run.engine)
         dtypes = choose_dtypes(run, peers.device)
-        model, tokenizer = load_model(run.model, device=peers.device, dtype=dtypes.weights)
-        model.eval()
+        model = load_base(run.model, device=peers.device, dtype=dtypes.weights).eval()
+        tokenizer = load_tokenizer(run.model)
         return cls(model, tokenizer, run.model, dtypes.autocast(mixed=False))
 
     def write(

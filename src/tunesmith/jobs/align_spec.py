@@ -116,9 +116,7 @@ class Alignment(Settings):
         for stage in self.stages:
             if stage.name in names:
                 raise ValueError(f"two stages are called {stage.name!r}; give one another name")
-            used = [stage.start] if stage.start else []
-            used += [name for name, _ in _OUTPUT.findall(_text(stage))]
-            for name in used:
+            for name in self._used(stage):
                 if name not in names:
                     known = ", ".join(names) or "none"
                     raise ValueError(
@@ -167,8 +165,17 @@ class Alignment(Settings):
 
     def needs(self, stage: Stage) -> list[str]:
         """Return the stages that this one uses, in their order."""
-        used = {stage.start, *(name for name, _ in _OUTPUT.findall(_text(stage)))}
+        used = self._used(stage)
         return [other.name for other in self.stages if other.name in used]
+
+    def _used(self, stage: Stage) -> list[str]:
+        """Return the names of what a stage says it needs, which may be no stages."""
+        rewards = reward_paths(stage.model_dump(mode="json")["online"])
+        return [
+            *([stage.start] if stage.start else []),
+            *(name for name, _ in _OUTPUT.findall(_text(stage))),
+            *(path for path in rewards if path in {other.name for other in self.stages}),
+        ]
 
     def run_of(self, stage: Stage, source: str) -> Run:
         """Return the run of a stage; stages that it starts from need not be there yet.

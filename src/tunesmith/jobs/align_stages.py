@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-
-from filelock import FileLock
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import TrainingError, TunesmithError
+from tunesmith.jobs.processes import alone, end_with_parent
 from tunesmith.jobs.run_directory import RunDirectory, clear, write_text
+from tunesmith.report.page import write_report
 
 if TYPE_CHECKING:
     from tunesmith.spec import Run
-
-_WATCH_SECONDS: Final = 1.0
-_LOCK_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Step:
 
     def to_text(self) -> str:
         """Return the run file with the marks of what it builds on."""
-        marks = [f"# {path.name} {_digest(path)}\n" for path in self.needs]
+        marks = [f"# {path.name} {digest(path)}\n" for path in self.needs]
         return "".join([*marks, self.run.to_yaml()])
 
     def begun(self) -> bool:
@@ -65,6 +59,8 @@ def run_step(step: Step, say: Callable[[str], None]) -> None:
         TrainingError: the run failed or was interrupted; the message says which and how to go on.
     """
     if step.finished():
+        if not step.directory.report.is_file():  # killed between the two
+            write_report(step.directory.path)
         say(f"{step.title}: finished before")
         return
     begun = step.begun()
@@ -100,7 +96,7 @@ def in_a_process(work: Callable[..., None], *arguments: Any) -> int:
 
 
 def _body(work: Callable[..., None], arguments: Sequence[Any]) -> None:
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     try:
         work(*arguments)
     except TunesmithError as error:
@@ -111,18 +107,10 @@ def _body(work: Callable[..., None], arguments: Sequence[Any]) -> None:
 def _train(run: Run) -> None:
     from tunesmith.jobs.train import train
 
-    run.directory.parent.mkdir(parents=True, exist_ok=True)
-    # Where the command was killed, its run's process may live on for a moment.
-    with FileLock(run.directory.with_name(f".{run.name}.lock"), timeout=_LOCK_SECONDS):
+    with alone(run.directory):
         train(run, resume=True)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone, however it went."""
-    while os.getppid() == parent:
-        time.sleep(_WATCH_SECONDS)
-    os._exit(1)
-
-
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or that it is missing."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"

@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from pydantic import ValidationError
 
 from tunesmith.errors import SpecError, TunesmithError
 from tunesmith.jobs.features_spec import FeatureRun, FeatureSettings
+from tunesmith.jobs.processes import end_with_parent
 from tunesmith.jobs.prompting_spec import PromptingRun, PromptingSettings
 from tunesmith.jobs.run_directory import RunDirectory, write_text
 from tunesmith.spec import validate
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tunesmith.spec import Run
-
-_WATCH_SECONDS: Final = 2.0
 
 SAME_STEP: Final = ("speed", "checkpointing", "padding", "attention")
 """Settings of the engine that say how a step is computed; what it computes is the same but for
@@ -182,7 +179,7 @@ def _note_death(process: BaseProcess, trial: Trial) -> None:
 
 def _train(trial: Trial) -> None:
     """Train one run; the body of its process."""
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     with trial.log.open("w", encoding="utf-8") as file, _printing_to(file.fileno()):
         try:
             _work(trial)
@@ -231,10 +228,3 @@ def _printing_to(descriptor: int) -> Iterator[None]:
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     yield
-
-
-def _end_with_parent(parent: int) -> None:
-    """End this process when the one that started it is gone, however it went."""
-    while os.getppid() == parent:
-        time.sleep(_WATCH_SECONDS)
-    os._exit(1)

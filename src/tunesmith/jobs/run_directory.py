@@ -135,7 +135,8 @@ def check_free(run: Run, *, resume: bool, overwrite: bool) -> RunDirectory:
         SpecError: resuming with settings other than the run's own.
     """
     directory = RunDirectory(run.directory)
-    if not directory.path.exists() or not any(directory.path.iterdir()):
+    # What a process left that was killed while it wrote its first file begins with a dot.
+    if not any(not path.name.startswith(".") for path in _entries(directory.path)):
         return directory
     if not directory.spec.is_file():
         raise CheckpointError(
@@ -151,9 +152,12 @@ def check_free(run: Run, *, resume: bool, overwrite: bool) -> RunDirectory:
 
 
 def clear(directory: RunDirectory) -> None:
-    """Remove what an earlier run left in a run directory."""
+    """Remove what an earlier run left in a run directory, which is never seen in part."""
+    leaving = directory.path.with_name(f".{directory.path.name}.leaving")
+    shutil.rmtree(leaving, ignore_errors=True)  # of a process that was killed while it did this
     if directory.spec.is_file():
-        shutil.rmtree(directory.path)
+        os.replace(directory.path, leaving)
+        shutil.rmtree(leaving)
 
 
 def open_finished(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunDirectory, Run]:
@@ -166,6 +170,10 @@ def open_finished(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunD
     if not directory.spec.is_file():
         raise CheckpointError(f"{path}: no run directory (it has no run.yaml)")
     return directory, load_run_file(directory.spec, overrides)
+
+
+def _entries(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.exists() else []
 
 
 def _check_same(run: Run, directory: RunDirectory) -> None:

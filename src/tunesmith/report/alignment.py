@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tunesmith.errors import CheckpointError
 from tunesmith.report import words
 from tunesmith.report.curves import LINE, MARK, TEXT, Chart
-from tunesmith.report.scatter import drawn
+from tunesmith.report.scatter import Dot, drawn, label
 from tunesmith.report.template import fill
 
 if TYPE_CHECKING:
@@ -51,14 +51,17 @@ def write_alignment_report(found: Mapping[str, Any], path: Path) -> Path:
 def render(found: Mapping[str, Any]) -> str:
     """Return the page."""
     verdicts = found["verdicts"]
+    rows = [[v["name"], *policy_cells(v)] for v in verdicts if v["step"] is None]
+    # A column of which nothing is known would push others out of sight.
+    told = [at for at in range(len(POLICY_COLUMNS)) if any(row[at] != _NONE for row in rows)]
     return fill(
         "alignment.html.jinja",
         name=found["name"],
         lead=_lead(found),
         sentences=sentences(verdicts),
         stages=[_stage(stage) for stage in found["stages"]],
-        columns=POLICY_COLUMNS,
-        policies=[[v["name"], *policy_cells(v)] for v in verdicts if v["step"] is None],
+        columns=[POLICY_COLUMNS[at] for at in told],
+        policies=[[row[at] for at in told] for row in rows],
         charts=charts(verdicts),
         samples=found["samples"],
     )
@@ -137,6 +140,8 @@ def charts(verdicts: Sequence[Mapping[str, Any]]) -> list[Chart]:
     if len(course) < 3:
         return []
     kls = [verdict["kl"] or 0.0 for verdict in course]
+    # The KL of replies need not grow with the steps, so every point says which it is.
+    names = ["start", *(f"step {verdict['step']}" for verdict in course[1:-1]), "end"]
 
     def plot(axes: Axes) -> None:
         rewards = [verdict["reward"] for verdict in course]
@@ -144,6 +149,8 @@ def charts(verdicts: Sequence[Mapping[str, Any]]) -> list[Chart]:
             axes.plot([kl, kl], [verdict["low"], verdict["high"]], color=TEXT, lw=1, alpha=0.6)
         axes.plot(kls, rewards, color=LINE, lw=1.2)
         axes.plot(kls, rewards, "o", ms=5, color=MARK)
+        points = zip(names, kls, rewards, strict=True)
+        label(axes, [Dot(name, kl, reward, None, None) for name, kl, reward in points])
 
     first, last = course[0], course[-1]
     caption = (
@@ -152,14 +159,15 @@ def charts(verdicts: Sequence[Mapping[str, Any]]) -> list[Chart]:
     )
     title = "The judge's reward against KL (over-optimisation shows as a fall on the right)"
     x = "KL to the start of the stage (nats a reply)"
-    return [drawn(title, caption, plot, x=x, y="judge's reward", size=(5.8, 3.6))]
+    return [drawn(title, caption, plot, x=x, y="judge's reward", size=(7.4, 4.0))]
 
 
 def _course(verdicts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the final stage from its start over its checkpoints to its end."""
     policies = {v["name"]: v for v in verdicts if v["step"] is None}
     steps = sorted((v for v in verdicts if v["step"] is not None), key=lambda v: v["step"])
-    final = list(policies.values())[-1] if policies else {"won": {}}
+    name = steps[0]["name"].rsplit("-step-", 1)[0] if steps else next(reversed(policies), None)
+    final = policies.get(name, {"won": {}})
     if not final["won"]:
         return []
     return [dict(policies[_start(final)]) | {"kl": 0.0}, *steps, final]

@@ -51,7 +51,7 @@ def draw_costs(
             axes.plot([dot.cost], [dot.quality], "o", ms=5, color=colour)
         axes.plot([dots[i].cost for i in best], [dots[i].quality for i in best], color=LINE, lw=1.2)
         _scale(axes, [dot.cost for dot in dots])
-        _label(axes, dots)
+        label(axes, dots)
 
     caption = "On the front, by rising cost: " + ", ".join(dots[i].name for i in best) + "."
     return drawn(title, caption, plot, x=cost, y=quality, size=(5.8, 4.4))
@@ -96,7 +96,7 @@ def _scale(axes: Axes, costs: Sequence[float]) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _label(axes: Axes, dots: Sequence[Dot]) -> None:
+def label(axes: Axes, dots: Sequence[Dot]) -> None:
     """Write the names in a column on the right, each with a line to its dot.
 
     Beside the dots they would cover each other: good methods lie close together.

@@ -8,10 +8,13 @@ import inspect
 import json
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+WATCH_SECONDS = 1.0
 SIGNATURE = "(prompts, replies, **columns) -> a list of one float a row"
 
 
@@ -97,9 +100,17 @@ def number(score: object) -> float | str:
         return f"the score is {score!r}, which is no number"
 
 
+def end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, also while the function hangs."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)
+
+
 def main() -> None:
     """Load the function, then answer line by line until the parent goes."""
     path, name = sys.argv[1:]
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     # The function may print; what it prints must not get among the answers.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
