@@ -10,13 +10,40 @@ import typer.main
 import yaml
 
 from tunesmith.cli import app
-from tunesmith.jobs.align_spec import load_alignment
+from tunesmith.data.settings import DataSettings
+from tunesmith.engine.settings import (
+    CheckpointSettings,
+    EngineSettings,
+    EvaluationSettings,
+    TrainSettings,
+)
+from tunesmith.jobs.align_spec import JudgedSettings, OnlineSettings, load_alignment
 from tunesmith.jobs.comparison_spec import checked, load_comparison
+from tunesmith.models.settings import ModelSettings
+from tunesmith.objectives import PPO, Classification, Distillation
+from tunesmith.objectives.sampling import Rollout
+from tunesmith.settings import Settings
 from tunesmith.spec import load_run_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+SECTIONS: dict[str, tuple[type[Settings], ...]] = {
+    "model": (ModelSettings,),
+    "data": (DataSettings,),
+    "train": (TrainSettings,),
+    "evaluation": (EvaluationSettings,),
+    "checkpoint": (CheckpointSettings,),
+    "engine": (EngineSettings,),
+    "objective": (PPO, Classification, Distillation),
+    "rollout": (Rollout,),
+    "judged": (JudgedSettings,),
+    "online": (OnlineSettings,),
+}
+"""Settings by the first word of their dotted names."""
+SETTING = re.compile(rf"`(?:objective\.)?({'|'.join(SECTIONS)})\.([a-z_]+)(?:`|:|=)")
 
 
 def commands(text: str) -> list[str]:
@@ -49,6 +76,45 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
     for path in re.findall(r"\b(?:docs|examples|bench|tests|src)/[\w./-]*\w", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_settings_that_a_page_names_exist(page: Path) -> None:
+    for section, name in SETTING.findall(page.read_text(encoding="utf-8")):
+        known = {field for settings in SECTIONS[section] for field in settings.model_fields}
+        assert name in known, f"{page.name} names {section}.{name}"
+
+
+def test_the_defaults_in_the_table_of_ppo_are_its_defaults() -> None:
+    text = (ROOT / "docs" / "alignment.md").read_text(encoding="utf-8")
+    table = text.partition("| detail | setting | default |\n")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[1:]]
+    told = {
+        name: value
+        for _, names, values in rows
+        for name, value in zip(re.findall(r"`([\w.]+)`", names), values_in(values), strict=False)
+    }
+    assert {"kl", "clip", "lam", "missing_end_penalty", "train.eps"} < told.keys()
+    own = set(PPO.model_fields) - {"name", "rewards", "rollout", "epochs"}
+    assert own <= told.keys(), "the table leaves a setting of ppo out"
+    for name, value in told.items():
+        section, _, field = name.rpartition(".")
+        (settings,) = SECTIONS[section] if section else (PPO,)
+        expected = as_told(settings.model_fields[field].default)
+        assert value == expected if isinstance(expected, str) else float(value) == expected, name
+
+
+def as_told(default: object) -> object:
+    """Return a default as the tables have it: switches and what is left out in words."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "off" if default is None or default == "none" else default
+
+
+def values_in(cell: str) -> list[str]:
+    """Return the values of a cell, without thousands separators, remarks and units."""
+    bare = re.sub(r"(?<=\d),(?=\d{3})", "", re.sub(r"\([^)]*\)", "", cell))
+    return [part.split()[0] for part in bare.split(",") if part.strip()]
 
 
 def test_there_are_commands() -> None:

@@ -25,7 +25,7 @@ from tunesmith.engine.settings import (
 from tunesmith.errors import SpecError
 from tunesmith.methods import LoRA, MethodUnion
 from tunesmith.models.settings import ModelSettings
-from tunesmith.objectives import SFT, ObjectiveUnion
+from tunesmith.objectives import SFT, Distillation, ObjectiveUnion
 from tunesmith.objectives.sampling import FromReplies
 from tunesmith.settings import Settings
 from tunesmith.yaml_text import Place, dotted, parse_mapping, parse_value
@@ -100,15 +100,15 @@ class Run(Settings):
         if isinstance(self.objective, FromReplies) and evaluation.best == "loss":
             # Without known replies there is no loss that could choose the best checkpoint.
             evaluation = evaluation.model_copy(update={"best": "reward"})
+        objective = self.objective
+        if isinstance(objective, Distillation):
+            teacher = _resolve_model(objective.teacher)
+            objective = objective.model_copy(update={"teacher": teacher})
         return self.model_copy(
             update={
                 "output": os.path.abspath(self.output),
-                "model": self.model.model_copy(
-                    update={
-                        "name": _absolute(self.model.name),
-                        "adapter": self.model.adapter and os.path.abspath(self.model.adapter),
-                    }
-                ),
+                "model": _resolve_model(self.model),
+                "objective": objective,
                 "data": self.data.model_copy(
                     update={
                         "train": [_resolve_source(source) for source in self.data.train],
@@ -325,6 +325,11 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _absolute(name: str) -> str:
     return os.path.abspath(name) if Path(name).exists() else name
+
+
+def _resolve_model(model: ModelSettings) -> ModelSettings:
+    adapter = model.adapter and os.path.abspath(model.adapter)
+    return model.model_copy(update={"name": _absolute(model.name), "adapter": adapter})
 
 
 def _resolve_source(source: Source) -> Source:

@@ -62,12 +62,26 @@ PAIR_KEYS: Final = frozenset(
 )
 """What a batch of judged replies, or of a distillation, has besides the model's inputs."""
 
-HEAD_ONLY: Final = frozenset({"labels", "supervised_positions", "supervised_targets"})
+HEAD_ONLY: Final = frozenset(
+    {
+        "labels",
+        "supervised_positions",
+        "supervised_targets",
+        "teacher_tokens",
+        "teacher_log_probs",
+        "teacher_vocab",
+    }
+)
 """Parts of a batch that the model's backbone does not see: what its head is asked for.
 
 An objective may find, on the CPU, where the supervised positions are, so that nobody waits for a
 GPU to say it: supervised_positions (n,) int64 into the flattened (batch * length) positions, and
-supervised_targets (n,) int64, what each has to predict."""
+supervised_targets (n,) int64, what each has to predict.
+
+A distillation whose teacher's word was kept has it at these n positions, in their order:
+teacher_tokens (n, k) int32, the teacher's k likeliest tokens; teacher_log_probs (n, k + 1) float32,
+log p of each and of all others together ((n, k) where there are no others); teacher_vocab int, how
+many tokens p is over."""
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 

@@ -39,6 +39,10 @@ class Collator:
             )
         return self._padded(rows)
 
+    def targets(self, sample: TokenRow) -> int:
+        """Return how many tokens of a sample its batch has to predict."""
+        return int(np.count_nonzero(sample.supervised[1:]))
+
     def _padded(self, rows: list[TokenRow]) -> Batch:
         length = max(len(row.input_ids) for row in rows)
         shape = (len(rows), length)

@@ -53,6 +53,10 @@ class PairCollator:
             "labels": _padded(written, IGNORE),
         }
 
+    def targets(self, sample: TokenRow) -> int:
+        """Return how many tokens of a sample its batch has to predict: all that is written."""
+        return len(apart(sample)[1])
+
 
 def _padded(rows: Sequence[NDArray[np.int32]], value: int) -> Tensor:
     """Return (rows, longest) int64."""

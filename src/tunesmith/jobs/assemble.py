@@ -12,6 +12,7 @@ from torch import nn
 from tunesmith.data.collate import Collator
 from tunesmith.data.collate_pairs import PairCollator
 from tunesmith.data.collate_replies import ReplyCollator
+from tunesmith.data.collate_taught import TaughtCollator
 from tunesmith.data.pairs_collate import JudgedCollator
 from tunesmith.errors import ModelError, SpecError
 from tunesmith.jobs.base import load_base
@@ -104,7 +105,9 @@ class Assembled:
     tokenizer: PreTrainedTokenizerFast
     facts: TokenizerFacts
     data: PreparedData
-    collate: Collator | PairCollator | LabelledCollator | JudgedCollator | ReplyCollator
+    collate: (
+        Collator | PairCollator | LabelledCollator | JudgedCollator | ReplyCollator | TaughtCollator
+    )
     autocast_dtype: torch.dtype | None
     """What the forward computes in under autocast; None leaves the model's own dtype."""
 

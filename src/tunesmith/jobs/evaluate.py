@@ -44,7 +44,8 @@ def evaluate(
     """
     loaded = load_run(path, overrides)
     prepared = _prepare(loaded, data)
-    assembled = with_reference(assembled_from(loaded, prepared), loaded.peers)
+    assembled = assembled_from(loaded, prepared)
+    assembled = with_reference(assembled, loaded.peers, training=False)
     replies = isinstance(loaded.run.objective, FromReplies)
     examiner = (ReplyExaminer if replies else examiner_of)(assembled, loaded.peers)
     if not examiner.has_rows:

@@ -14,12 +14,13 @@ from tunesmith.jobs.batches import interleave
 from tunesmith.objectives.sampling import FromReplies
 from tunesmith.rewards.contract import Scored
 from tunesmith.rollout.draw import Drawing, row_seeds
-from tunesmith.rollout.sample import Stops, sample
+from tunesmith.rollout.sample import Reply, Stops, sample
 
 if TYPE_CHECKING:
     from tunesmith.data.asked import Asked
     from tunesmith.engine.distribution import Peers
     from tunesmith.jobs.assemble import Assembled
+    from tunesmith.objectives.sampling import Sampling
     from tunesmith.rewards.build import WeightedSum
 
 
@@ -65,49 +66,58 @@ def written(
     """
     seeds = row_seeds(assembled.run.seed, numbers)
     mine = list(prompts)[peers.rank :: peers.size]
-    found = _sampled(assembled, peers, mine, seeds[peers.rank :: peers.size], greedy=greedy)
+    objective = assembled.run.objective
+    assert isinstance(objective, FromReplies)  # noqa: S101 - nobody else's are scored
+    found = sampled(
+        assembled,
+        peers,
+        [asked.input_ids for asked in mine],
+        seeds[peers.rank :: peers.size],
+        objective.rollout,
+        greedy=greedy,
+    )
     return interleave(peers.gather(_scored(assembled, reward, mine, found)))
 
 
-Found = list[tuple[list[int], list[float], bool]]
-
-
-def _sampled(
-    assembled: Assembled, peers: Peers, mine: Sequence[Asked], seeds: Sequence[int], *, greedy: bool
-) -> Found:
-    objective = assembled.run.objective
-    assert isinstance(objective, FromReplies)  # noqa: S101 - nobody else samples
-    settings, dtype = objective.rollout, assembled.autocast_dtype
+def sampled(  # noqa: PLR0917 - who writes, what to, and how
+    assembled: Assembled,
+    peers: Peers,
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    settings: Sampling,
+    *,
+    greedy: bool = False,
+) -> list[Reply]:
+    """Return the replies of the run's policy, as it is now, to this process's prompts."""
+    dtype = assembled.autocast_dtype
     drawing = Drawing(0.0 if greedy else settings.temperature, settings.top_p, settings.top_k)
     with torch.autocast(peers.device.type, dtype) if dtype else nullcontext():
-        replies = sample(
+        return sample(
             assembled.tuned.model,
-            [asked.input_ids for asked in mine],
+            prompts,
             seeds,
             max_new_tokens=settings.max_new_tokens,
-            stops=stops_of(assembled),
+            stops=stops_of(assembled, settings),
             pad_token_id=assembled.facts.pad_token_id,
             drawing=drawing,
             batch_size=settings.batch_size,
             decoding=settings.decoding,
             compiled=compiles(assembled.run.engine, peers.device, sharded=False),
         )
-    return [(reply.tokens, reply.log_probs, reply.ended) for reply in replies]
 
 
-def stops_of(assembled: Assembled) -> Stops:
+def stops_of(assembled: Assembled, settings: Sampling) -> Stops:
     """Return what ends a reply of this run."""
-    objective, tokenizer = assembled.run.objective, assembled.tokenizer
-    strings = objective.rollout.stop if isinstance(objective, FromReplies) else []
+    tokenizer = assembled.tokenizer
     return Stops(
         frozenset(assembled.facts.end_of_turn_ids),
-        tuple(strings),
+        tuple(settings.stop),
         lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True),
     )
 
 
 def _scored(
-    assembled: Assembled, reward: WeightedSum, mine: Sequence[Asked], found: Found
+    assembled: Assembled, reward: WeightedSum, mine: Sequence[Asked], found: Sequence[Reply]
 ) -> list[Written]:
     texts = [assembled.tokenizer.decode(t, skip_special_tokens=True) for t, _, _ in found]
     rows = [

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
-from uuid import uuid4
 
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tunesmith.errors import CheckpointError
+from tunesmith.jobs.whole_file import whole_file
 from tunesmith.models.zoo import cache_dir
 
 if TYPE_CHECKING:
@@ -66,15 +64,5 @@ def write_features(path: Path, features: NDArray[np.float32]) -> None:
     Raises:
         CheckpointError: they cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
         save_file({"features": features}, partial)
-        os.replace(partial, path)
-    # safetensors reports a full disk in its own way.
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error}; free space, or set TUNESMITH_CACHE to another folder"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -42,7 +42,7 @@ def sampling_agrees(assembled: Assembled, peers: Peers) -> Proof:
             prompts,
             row_seeds(assembled.run.seed, range(-len(prompts), 0)),
             max_new_tokens=min(TOKENS, objective.rollout.max_new_tokens),
-            stops=stops_of(assembled),
+            stops=stops_of(assembled, objective.rollout),
             pad_token_id=assembled.facts.pad_token_id,
             decoding=objective.rollout.decoding,
         )

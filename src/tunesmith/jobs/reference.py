@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -17,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tunesmith.data.pairs_collate import JudgedCollator
-from tunesmith.errors import CheckpointError
 from tunesmith.jobs.base import base_fingerprint
 from tunesmith.jobs.batches import over_batches
 from tunesmith.jobs.teacher import teaching
+from tunesmith.jobs.teacher_cache import with_teacher
+from tunesmith.jobs.whole_file import ANOTHER_CACHE, whole_file
 from tunesmith.models.modes import evaluating
 from tunesmith.models.zoo import cache_dir
 from tunesmith.objectives import Distillation, Preference
@@ -60,7 +59,8 @@ def completion_of(run: Run, tuned: TunedModel) -> Callable[[Batch], Batch] | Non
     """
     objective = run.objective
     if isinstance(objective, Distillation):
-        return teaching(run, objective, tuned.model.device)
+        live = objective.logits == "live"
+        return teaching(run, objective, tuned.model.device) if live else None
     if not isinstance(objective, Preference) or not objective.needs_reference:
         return None
 
@@ -73,16 +73,30 @@ def completion_of(run: Run, tuned: TunedModel) -> Callable[[Batch], Batch] | Non
 
 
 def with_reference(
-    assembled: Assembled, peers: Peers, say: Callable[[str], None] | None = None
+    assembled: Assembled,
+    peers: Peers,
+    say: Callable[[str], None] | None = None,
+    *,
+    training: bool = True,
 ) -> Assembled:
     """Return the run with log-probabilities of the frozen model in its batches, where it asks.
 
     They are computed once and kept by a hash of rows and base; every process calls this alike.
 
+    Args:
+        assembled: the run, whose batches know nothing of a frozen model.
+        peers: the processes.
+        say: told what is computed.
+        training: whether batches are made of the training rows too, so that a teacher has to be
+            asked about them.
+
     Raises:
         CheckpointError: they cannot be kept.
+        SpecError: a teacher's cannot be cached; see `with_teacher`.
     """
     objective = assembled.run.objective
+    if isinstance(objective, Distillation) and objective.logits == "cached":
+        return with_teacher(assembled, objective, peers, say, training=training)
     if not isinstance(objective, Preference) or not objective.needs_reference:
         return assembled
     if objective.reference == "live":
@@ -90,7 +104,9 @@ def with_reference(
     rows = _rows(assembled)
     path = _path(assembled, rows)
     table = _read(path, rows)
-    if table is None:
+    # All compute, or none: a process that sees no file would wait for the others in vain.
+    incomplete = peers.any(table is None)
+    if table is None or incomplete:
         if say is not None:
             say(f"computing reference log-probabilities of {len(rows):,} rows")
         table = _computed(assembled, rows, peers)
@@ -156,15 +172,5 @@ def _read(path: Path, rows: Sequence[PairRow]) -> Table | None:
 
 
 def _write(path: Path, rows: Sequence[PairRow], table: Table) -> None:
-    partial = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, instead=f"{ANOTHER_CACHE}, or use objective.reference: live") as partial:
         save_file({"log_probs": np.concatenate([table[row.key] for row in rows])}, partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error}; free space, set TUNESMITH_CACHE to another folder, or "
-            "use objective.reference: live"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tunesmith.data.collate_replies import ReplyCollator
+from tunesmith.data.collate_taught import TaughtCollator
 from tunesmith.data.rows import TokenRow
 from tunesmith.engine.evaluation import mean_loss, measuring
 from tunesmith.errors import SpecError
@@ -76,7 +77,8 @@ def general_loss(assembled: Assembled, peers: Peers) -> float | None:
             f"the objective {assembled.run.objective.name} has not; leave it out"
         )
     program, collate = assembled.program, assembled.collate
-    if isinstance(collate, ReplyCollator):  # its objective has no loss of given text
+    # Their objectives have no loss of a text that nobody else has spoken on.
+    if isinstance(collate, ReplyCollator | TaughtCollator):
         program, collate = Program(assembled.tuned.model, SFT()), collate.plain
     metrics = mean_loss(
         program,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tunesmith.errors import SpecError
+from tunesmith.errors import ModelError, SpecError
 from tunesmith.jobs.base import load_base
 from tunesmith.models.attention import enable_segments
 from tunesmith.models.loading import load_tokenizer
@@ -18,40 +18,78 @@ from tunesmith.objectives.log_probs import model_inputs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from transformers import PreTrainedModel
+
     from tunesmith.objectives import Distillation
     from tunesmith.spec import Run
     from tunesmith.types import Batch
+
+
+class Teacher(NamedTuple):
+    """A teacher in memory."""
+
+    model: PreTrainedModel
+    segments: bool
+    """Whether its attention keeps samples apart that stand side by side."""
+
+    def states(self, batch: Batch) -> TeacherStates:
+        """Return what the teacher makes of a batch on its device.
+
+        Raises:
+            SpecError: the batch has samples side by side, and it would mix them.
+        """
+        if "cu_seq_lens_q" in batch and not self.segments:
+            raise SpecError(
+                f"objective.teacher: the attention of {type(self.model).__name__} cannot keep "
+                "samples apart that stand side by side; use engine.padding: right"
+            )
+        parts = output_head(self.model)
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+            hidden = parts.hidden_states(model_inputs(batch))
+        return TeacherStates(hidden, linear_head(parts))
 
 
 def teaching(run: Run, objective: Distillation, device: torch.device) -> Callable[[Batch], Batch]:
     """Return what puts the teacher's hidden states into a batch; the teacher is loaded now.
 
     Raises:
-        SpecError: the teacher has another vocabulary, or cannot read segments side by side.
+        SpecError: the teacher has another vocabulary.
         ModelError: it cannot be loaded, or has no linear language-model head.
     """
-    _require_same_tokens(run, objective)
-    dtype = DTYPES.get(objective.teacher.dtype) or best_dtype(device)
-    teacher = load_base(objective.teacher, device=device, dtype=dtype).requires_grad_(False).eval()
-    segments = objective.teacher.attention == "auto" and enable_segments(teacher)
-    check_output_head(teacher)
-
-    def complete(batch: Batch) -> Batch:
-        if "cu_seq_lens_q" in batch and not segments:
-            raise SpecError(
-                f"objective.teacher: the attention of {type(teacher).__name__} cannot keep samples "
-                "apart that stand side by side; use engine.padding: right"
-            )
-        parts = output_head(teacher)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            hidden = parts.hidden_states(model_inputs(batch))
-        return batch | {"teacher": TeacherStates(hidden, linear_head(parts))}
-
-    return complete
+    require_same_tokens(run, objective)
+    teacher = load_teacher(objective, device)
+    return lambda batch: batch | {"teacher": teacher.states(batch)}
 
 
-def _require_same_tokens(run: Run, objective: Distillation) -> None:
-    own, other = load_tokenizer(run.model), load_tokenizer(objective.teacher)
+def load_teacher(objective: Distillation, device: torch.device) -> Teacher:
+    """Return the objective's teacher on `device`, frozen.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no linear language-model head.
+    """
+    dtype = teacher_dtype(objective, device)
+    model = load_base(objective.teacher, device=device, dtype=dtype).requires_grad_(False).eval()
+    check_output_head(model)
+    return Teacher(model, objective.teacher.attention == "auto" and enable_segments(model))
+
+
+def teacher_dtype(objective: Distillation, device: torch.device) -> torch.dtype:
+    """Return what the teacher's weights are loaded in."""
+    return DTYPES.get(objective.teacher.dtype) or best_dtype(device)
+
+
+def require_same_tokens(run: Run, objective: Distillation) -> None:
+    """Check that both models' distributions are over the same tokens.
+
+    Raises:
+        SpecError: they are not.
+        ModelError: there is no teacher of that name.
+    """
+    own = load_tokenizer(run.model)
+    try:
+        other = load_tokenizer(objective.teacher)
+    except ModelError as error:  # which speaks of model.name
+        raise ModelError(f"objective.teacher: {error}") from error
     if own.get_vocab() != other.get_vocab():
         raise SpecError(
             f"objective.teacher.name: {objective.teacher.name} has another vocabulary "

@@ -27,6 +27,7 @@ from tunesmith.jobs.experience import Experience
 from tunesmith.jobs.findings import findings
 from tunesmith.jobs.labelled import head_learning_rate
 from tunesmith.jobs.least_recomputation import start_of
+from tunesmith.jobs.own_replies import OwnReplies
 from tunesmith.jobs.proofs import prove_saved, prove_start, told
 from tunesmith.jobs.reference import with_reference
 from tunesmith.jobs.roles import without_roles
@@ -37,6 +38,7 @@ from tunesmith.measure.process_heap import give_back
 from tunesmith.methods.adapter_files import write_adapters
 from tunesmith.methods.child import base_parameters
 from tunesmith.methods.head import HeadAttachment
+from tunesmith.objectives import Distillation
 from tunesmith.objectives.sampling import FromReplies
 from tunesmith.report.page import write_report
 
@@ -228,6 +230,8 @@ def _fit(
     task = task_of(assembled)
     if isinstance(recorder.examiner, ReplyExaminer):
         task.rows = Experience(assembled, peers, recorder.examiner.reward, listeners)
+    elif isinstance(run.objective, Distillation) and run.objective.on_policy > 0:
+        task.rows = OwnReplies(assembled, run.objective, peers)
     task.evaluate = recorder.examiner.examine if recorder.examiner.has_rows else None
     try:
         return fit_run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -10,9 +10,11 @@ from tunesmith.models.output_head import OutputHead, output_head
 from tunesmith.models.settings import ModelSettings
 from tunesmith.objectives.contract import Objective
 from tunesmith.objectives.log_probs import model_inputs
+from tunesmith.objectives.sampling import Sampling
 from tunesmith.objectives.sft import next_tokens
 from tunesmith.ops.linear_cross_entropy import linear_cross_entropy
 from tunesmith.ops.linear_divergence import Divergence, LinearHead, linear_divergence
+from tunesmith.ops.linear_divergence_top_k import TopK, linear_divergence_top_k
 from tunesmith.types import IGNORE, LossTerms
 
 if TYPE_CHECKING:
@@ -31,12 +33,17 @@ class TeacherStates(NamedTuple):
 
 
 class Distillation(Objective):
-    """Minimise the divergence from a teacher at the supervised tokens of given replies."""
+    """Minimise the divergence from a teacher at the tokens of given replies, or of own ones."""
 
     name: Literal["distillation"] = "distillation"
     """Learn from a teacher model."""
     teacher: ModelSettings
-    """The teacher, with the same vocabulary; loaded frozen beside the student."""
+    """The teacher, with the same vocabulary; frozen."""
+    logits: Literal["live", "cached"] = "live"
+    """live runs the teacher beside the student in every step; cached runs it once, before training,
+    keeps the top_k likeliest tokens of its every distribution on disk, and trains without it."""
+    top_k: int = Field(default=64, ge=1)
+    """cached: tokens that are kept of a distribution, in 8 bytes each; all others count as one."""
     divergence: Divergence = "forward_kl"
     """forward_kl covers all that the teacher may say, reverse_kl keeps to what it says mostly, js
     lies between (beta)."""
@@ -47,6 +54,11 @@ class Distillation(Objective):
     that gradients keep their size (Hinton et al. 2015, sec. 2)."""
     label_weight: float = Field(default=0.0, ge=0, lt=1)
     """Share of the usual cross-entropy of the given replies in the loss."""
+    on_policy: float = Field(default=0.0, ge=0, le=1)
+    """Share of the steps whose replies the student writes itself, as it is then, instead of the
+    given ones (lambda of Agarwal et al. 2023, alg. 1)."""
+    sampling: Sampling = Sampling()
+    """on_policy: how the student writes them."""
 
     head: ClassVar[Literal["causal_lm"]] = "causal_lm"
 
@@ -54,6 +66,20 @@ class Distillation(Objective):
     def _settings_go_together(self) -> Self:
         if self.beta != type(self).model_fields["beta"].default and self.divergence != "js":
             raise ValueError(f"beta mixes two divergences, and divergence {self.divergence} is one")
+        if self.top_k != type(self).model_fields["top_k"].default and self.logits != "cached":
+            raise ValueError("top_k is what is kept of cached logits; set logits: cached")
+        if self.on_policy == 0:
+            if self.sampling != Sampling():
+                raise ValueError(
+                    "sampling is of replies that the student writes; set on_policy above 0"
+                )
+        elif self.logits == "cached":
+            raise ValueError(
+                "logits: cached is what a teacher said beforehand, and the student's replies are "
+                "not yet written then; set logits: live, or on_policy: 0"
+            )
+        elif self.label_weight:
+            raise ValueError("label_weight is of given replies only; set it or on_policy to 0")
         return self
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> LossTerms:
@@ -61,24 +87,17 @@ class Distillation(Objective):
 
         Args:
             model: the student.
-            batch: with `teacher`, the teacher's TeacherStates of the same batch.
+            batch: with `teacher`, the teacher's TeacherStates of the same batch, or with what was
+                kept of them; see `tunesmith.types.HEAD_ONLY`.
 
         Raises:
             ModelError: the model has no linear language-model head.
         """
-        parts, teacher = output_head(model), batch["teacher"]
+        parts = output_head(model)
         targets = next_tokens(batch).flatten()
         places = (targets != IGNORE).nonzero().squeeze(-1)
         hidden = parts.hidden_states(model_inputs(batch)).flatten(0, 1)[places]
-        apart = linear_divergence(
-            hidden,
-            linear_head(parts),
-            teacher.hidden.flatten(0, 1)[places],
-            teacher.head,
-            kind=self.divergence,
-            beta=self.beta,
-            temperature=self.temperature,
-        )
+        apart = self._apart(hidden, linear_head(parts), places, batch)
         total = (1 - self.label_weight) * self.temperature**2 * apart
         if self.label_weight:
             total = total + self.label_weight * linear_cross_entropy(
@@ -89,6 +108,21 @@ class Distillation(Objective):
                 softcap=parts.softcap,
             )
         return LossTerms(total, len(places), {"divergence": apart.detach()})
+
+    def _apart(self, hidden: Tensor, head: LinearHead, places: Tensor, batch: Batch) -> Tensor:
+        """Return the summed divergence at `places`, (tokens,), of the student's states there."""
+        how: dict[str, Any] = {
+            "kind": self.divergence,
+            "beta": self.beta,
+            "temperature": self.temperature,
+        }
+        if self.logits == "cached":
+            known = TopK(batch["teacher_tokens"], batch["teacher_log_probs"])
+            vocab = batch["teacher_vocab"]
+            return linear_divergence_top_k(hidden, head, known, vocab=vocab, **how)
+        teacher: TeacherStates = batch["teacher"]
+        states = teacher.hidden.flatten(0, 1)[places]
+        return linear_divergence(hidden, head, states, teacher.head, **how)
 
     def count(self, batch: Batch) -> int:
         """Return the number of supervised tokens."""

@@ -11,12 +11,9 @@ from tunesmith.rewards.settings import RewardSettings
 from tunesmith.settings import Settings
 
 
-class Rollout(Settings):
+class Sampling(Settings):
     """How replies are sampled."""
 
-    replies: int = Field(default=64, ge=1)
-    """Replies sampled at a time, over all processes, before learning from them: a multiple of the
-    rows of an optimiser step."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Longest reply."""
     temperature: float = Field(default=1.0, gt=0)
@@ -27,14 +24,22 @@ class Rollout(Settings):
     """Sample among so many most likely tokens; 0 is all."""
     stop: list[str] = Field(default_factory=list)
     """Texts that end a reply, beside the end of the turn."""
-    prompt_tokens: int | None = Field(default=None, ge=1)
-    """Ask with the first so many tokens of each prompt only: the model goes on with a text that is
-    cut, which needs model.chat_template: text."""
     batch_size: int = Field(default=64, ge=1)
     """Replies a process writes at once."""
     decoding: Literal["auto", "growing", "fixed"] = "auto"
     """The cache: growing, or fixed with the step as one CUDA graph; auto is fixed on CUDA where the
     model allows it."""
+
+
+class Rollout(Sampling):
+    """How replies are sampled, and to what."""
+
+    replies: int = Field(default=64, ge=1)
+    """Replies sampled at a time, over all processes, before learning from them: a multiple of the
+    rows of an optimiser step."""
+    prompt_tokens: int | None = Field(default=None, ge=1)
+    """Ask with the first so many tokens of each prompt only: the model goes on with a text that is
+    cut, which needs model.chat_template: text."""
 
 
 class FromReplies(Objective):
