@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from plan_replies import measured_replies
 from tunesmith.jobs.environment import hardware, package_versions
 from tunesmith.jobs.plan import plan
 from tunesmith.jobs.probe import ready
+from tunesmith.objectives.sampling import FromReplies
 from tunesmith.spec import Run, validate
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,9 +38,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     },
+    "6M": {
+        "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8,
+    },
     "135M": {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "360M": {
+        "vocab_size": 49152, "hidden_size": 960, "intermediate_size": 2560,
+        "num_hidden_layers": 32, "num_attention_heads": 15, "num_key_value_heads": 5,
         "tie_word_embeddings": True,
     },
     "1B": {
@@ -51,7 +62,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     },
 }  # fmt: skip
-"""A small one; those of SmolLM2 135M, Llama 3.2 1B and Llama 3.1 8B."""
+"""Two small ones, the second with as many key heads as query heads; those of SmolLM2 135M and 360M,
+Llama 3.2 1B and Llama 3.1 8B."""
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
     "full": {"name": "full", "keep_base": False},
@@ -75,8 +87,11 @@ class Case:
     quantize: str = "none"
     optimizer: str = "adamw"
     speed: str = "safe"
+    objective: str = "sft"
+    """With the teacher's shape, or the replies written at once and the tokens of each."""
 
 
+DEFAULT = Case("", "", 0, 0)
 CASES = {
     "cuda": [
         Case("1B", "lora", 4, 1024),
@@ -118,6 +133,12 @@ CASES = {
         Case("135M", "full", 4, 256, "full"),
         Case("5M", "full", 8, 256),
         Case("135M", "lora", 4, 256, "full", quantize="nf4"),
+        Case("6M", "lora", 8, 160, objective="ppo 64 x 64"),
+        Case("6M", "lora", 32, 160, objective="grpo 64 x 32"),
+        Case("135M", "lora", 4, 128, objective="grpo 8 x 32"),
+        Case("135M", "lora", 2, 128, "full", objective="ppo 8 x 32"),
+        Case("135M", "lora", 2, 256, objective="distillation 360M"),
+        Case("135M", "lora", 2, 256, "full", objective="distillation 360M"),
     ],
 }
 
@@ -133,10 +154,24 @@ def run_of(case: Case, folder: Path, device: str) -> Run:
             "engine": {
                 "checkpointing": case.checkpointing, "device": device, "speed": case.speed,
             },
+            "objective": objective_of(case, folder),
         },
         source="bench",
         lines={},
     )  # fmt: skip
+
+
+def objective_of(case: Case, folder: Path) -> dict[str, Any]:
+    """Return the objective of a case; the replies of a roll-out are written all at once."""
+    name, *more = case.objective.split()
+    if name == "distillation":
+        return {"name": name, "teacher": {"name": str(folder / more[0])}}
+    if name not in {"ppo", "grpo"}:
+        return {"name": name}
+    rows, _, tokens = more
+    rollout = {"replies": int(rows), "batch_size": int(rows), "max_new_tokens": int(tokens)}
+    rewards = [{"kind": "length", "free": 0, "limit": 100, "unit": "characters"}]
+    return {"name": name, "rewards": rewards, "rollout": rollout, "epochs": 1}
 
 
 def predicted(case: Case, folder: Path, device: str) -> int:
@@ -146,6 +181,8 @@ def predicted(case: Case, folder: Path, device: str) -> int:
 def measured(case: Case, folder: Path, device: str) -> int:
     """Return the peak bytes of a step, after one that sets everything up."""
     run = run_of(case, folder, device)
+    if isinstance(run.objective, FromReplies):
+        return measured_replies(run, torch.device(device))
     with ready(run, torch.device(device), real_weights=False) as stage:
         stage.step(case.rows, case.length)
         return stage.measured(case.rows, case.length)[1]
@@ -187,7 +224,7 @@ def measure_cpu(cases: Sequence[Case], folder: Path, book: "Book") -> None:
 def plan_again(folder: Path, device: str) -> None:
     """Replace the predictions of what was measured on `device`, wherever this runs."""
     book = Book(device, keep=True)
-    cases = [Case(**{key: row[key] for key in asdict(CASES["cpu"][0])}) for row in book.rows]
+    cases = [Case(**{key: row[key] for key in asdict(DEFAULT)}) for row in book.rows]
     with ProcessPoolExecutor(
         2, get_context("spawn"), without_gpu, max_tasks_per_child=1
     ) as planners:  # fresh ones, whose own memory is alike
@@ -211,7 +248,9 @@ class Book:
             self.all = json.loads(self.path.read_text(encoding="utf-8"))
         self.rows: list[dict[str, Any]] = []
         if keep and device in self.all:
-            self.rows = self.all[device]["rows"]
+            # Cases have had more settings from time to time.
+            self.rows = [asdict(DEFAULT) | row for row in self.all[device]["rows"]]
+            self.all[device]["rows"] = self.rows
             return
         self.all[device] = {
             "hardware": hardware(),
@@ -246,9 +285,9 @@ def table(results: dict[str, Any]) -> str:
         if "remark" in result:
             lines += [result["remark"], ""]
         lines += [
-            "| shape | method | rows x tokens | checkpointing | base | optimiser | blocks "
-            "| predicted | measured | ratio |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| shape | method | objective | rows x tokens | checkpointing | base | optimiser "
+            "| blocks | predicted | measured | ratio |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_line(row) for row in result["rows"]]
         lines.append("")
@@ -264,7 +303,8 @@ def _line(row: dict[str, Any]) -> str:
     if row["measured_bytes"]:
         sizes[1:] = [f"{row['measured_bytes'] / 2**30:.2f} GiB", f"{row['ratio']:.3f}"]
     settings = (row[key] for key in ("checkpointing", "quantize", "optimizer", "speed"))
-    head = [row["shape"], row["method"], f"{row['rows']} x {row['length']}", *settings]
+    objective = row.get("objective", DEFAULT.objective)
+    head = [row["shape"], row["method"], objective, f"{row['rows']} x {row['length']}", *settings]
     return "| " + " | ".join([*head, *sizes]) + " |"
 
 
@@ -273,6 +313,9 @@ def main() -> None:
     parser.add_argument("--device", choices=CASES, default="cuda")
     parser.add_argument("--first", type=int, help="only so many cases")
     parser.add_argument("--speed", choices=("safe", "compiled"), help="only cases of this speed")
+    parser.add_argument(
+        "--objective", nargs="*", help="only cases of these: sft, ppo, grpo, distillation"
+    )
     parser.add_argument("--plan-again", action="store_true", help="only the predictions")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
@@ -285,7 +328,9 @@ def main() -> None:
             return
         measure = measure_cuda if options.device == "cuda" else measure_cpu
         cases = [c for c in CASES[options.device] if options.speed in {None, c.speed}]
-        book = Book(options.device, keep=options.speed is not None)
+        if options.objective:
+            cases = [c for c in cases if c.objective.split()[0] in options.objective]
+        book = Book(options.device, keep=bool(options.speed or options.objective))
         measure(cases[: options.first], folder, book)
 
 

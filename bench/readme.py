@@ -1,4 +1,4 @@
-"""Put measured numbers into README.md, between its markers: `python bench/readme.py`.
+"""Put measured numbers into README.md and docs/, between their markers: `python bench/readme.py`.
 
 Every number comes out of a file in bench/results that another program here wrote.
 """
@@ -21,6 +21,7 @@ ON_GPUS = ("# Supervised fine-tuning on one ", "# Where a step's time goes ", "#
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PERFORMANCE = HERE.parent / "docs" / "performance.md"
+ALIGNMENT = PERFORMANCE.with_name("alignment.md")
 
 
 def main() -> None:
@@ -37,6 +38,8 @@ def main() -> None:
     README.write_text(text, encoding="utf-8")
     page = PERFORMANCE.read_text(encoding="utf-8")
     PERFORMANCE.write_text(filled(page, "gpu", measured_on_gpus()), encoding="utf-8")
+    page = ALIGNMENT.read_text(encoding="utf-8")
+    ALIGNMENT.write_text(filled(page, "roles", roles(result("roles"))), encoding="utf-8")
 
 
 def filled(text: str, name: str, content: str) -> str:
@@ -119,6 +122,32 @@ def side_by_side(job: str, ours: Rate, theirs: Rate | None = None) -> str:
         rates = [float(found.tokens.replace(",", "")) for found in (ours, theirs)]
         times = f"{rates[0] / rates[1]:.2f} x"
     return f"| {job} | {theirs or '-'} | {ours} | {times} |"
+
+
+def roles(found: dict[str, Any]) -> str:
+    """Return the table of roles_memory.py."""
+    head = (
+        *("device, dtype", "the model alone", "policy alone", "all four roles"),
+        *("over the model and the adapters", "over four models"),
+    )
+    rows = [
+        (
+            f"{device}, {dtype}",
+            *(words.size(one["cases"][case]["held_bytes"]) for case in ("reference", "policy")),
+            words.size(one["cases"]["roles"]["held_bytes"]),
+            f"{one['ratios']['to_one_model_and_its_adapters']:.2f} x",
+            f"{one['ratios']['to_four_models']:.2f} x",
+        )
+        for device, by_dtype in found["devices"].items()
+        for dtype, one in by_dtype["dtypes"].items()
+    ]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    where = (
+        "`python bench/roles_memory.py`, SmolLM2-135M's shape, LoRA of rank "
+        f"{found['method']['rank']}, `value: adapter`: what a process holds of a PPO run before "
+        "its first step, without activations and the optimiser's state of the adapters."
+    )
+    return "\n".join([*lines, "", where])
 
 
 def demo() -> str:

@@ -25,7 +25,12 @@ def plan(  # noqa: PLR0917 - typer reads options from the signature
     """Predict parameters and memory of a run before anything is loaded."""
     from rich.console import Console
 
-    from tunesmith.cli.plan_tables import parameters_table, plan_table, remedies_lines
+    from tunesmith.cli.plan_tables import (
+        parameters_table,
+        phases_lines,
+        plan_table,
+        remedies_lines,
+    )
     from tunesmith.jobs.plan import plan as make_plan
     from tunesmith.jobs.remedies import remedies
     from tunesmith.measure.memory_plan import bytes_of, counts_of
@@ -37,6 +42,8 @@ def plan(  # noqa: PLR0917 - typer reads options from the signature
     console = Console()
     console.print(parameters_table(planned.counts))
     console.print(plan_table(planned, numbers, limit))
+    for line in phases_lines(planned):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if probe:
         from tunesmith.cli.plan_tables import probe_lines, probe_table
         from tunesmith.jobs.probe import probe as take_steps

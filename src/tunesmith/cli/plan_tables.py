@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tunesmith.measure.memory_plan import STRATEGIES, MemoryPlan
+from tunesmith.measure.memory_plan import STRATEGIES, WHOLE_WEIGHTS, MemoryPlan, Strategy
 from tunesmith.report.words import count, size
 
 if TYPE_CHECKING:
@@ -34,18 +34,28 @@ def parameters_table(counts: ParameterCounts) -> Table:
 def plan_table(planned: Plan, devices: Sequence[int], limit: int | None) -> Table:
     """Return the memory of each device, by what it is for, and how the devices share."""
     rows, length = planned.tokens
-    columns = ["weights", "trained", "grads", "optim.", "activ.", "moment", "peak"]
+    samples = planned.writing is not None
+    columns = ["weights", "trained", "grads", "optim.", "activ.", "moment"]
+    columns += ["cache", "peak"] if samples else ["peak"]
     title = f"memory of each {planned.device} device, {rows} rows of {length} tokens"
+    if samples:
+        title += f"; peak: {planned.alone.peaks_in}"
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in ("devices", *columns, *(["fits"] if limit else [])):
         table.add_column(name, no_wrap=True, justify="left" if name == "devices" else "right")
     for number in devices:
-        for strategy in STRATEGIES if number > 1 else STRATEGIES[:1]:
+        for strategy in _strategies(planned) if number > 1 else STRATEGIES[:1]:
             memory = planned.on(number, strategy)
             name = str(number) if number == 1 else f"{number}, {strategy}"
             fits = ["yes" if memory.peak <= limit else "no"] if limit else []
-            table.add_row(name, *map(_short, _parts(memory)), *fits)
+            parts = [*_parts(memory), *([memory.cache] if samples else []), memory.peak]
+            table.add_row(name, *map(_short, parts), *fits)
     return table
+
+
+def _strategies(planned: Plan) -> Sequence[Strategy]:
+    """Return the ways to share: a device that writes replies needs all weights."""
+    return STRATEGIES if planned.writing is None else WHOLE_WEIGHTS
 
 
 def _short(number: int) -> str:
@@ -54,14 +64,30 @@ def _short(number: int) -> str:
 
 def _parts(memory: MemoryPlan) -> list[int]:
     return [
-        memory.frozen + memory.process,
+        memory.frozen + memory.process + memory.beside,
         memory.trained,
         memory.gradients,
         memory.optimizer,
         memory.activations,
         memory.transient + memory.holes,
-        memory.peak,
     ]
+
+
+def phases_lines(planned: Plan) -> list[str]:
+    """Return in words what the table does not say: of phases, of other models, what was assumed."""
+    memory, writing = planned.alone, planned.writing
+    lines = []
+    if planned.teacher_bytes:
+        lines.append(f"The weights hold {size(planned.teacher_bytes)} of the teacher.")
+    if writing is not None:
+        phases = ", ".join(f"{name} {size(peak)}" for name, peak in memory.phases.items())
+        lines.append(f"The most is that of the {memory.peaks_in}, on one device: {phases}.")
+        lines.append(
+            f"The roll-out writes {writing.rows()} replies of {writing.reply} tokens at once to "
+            f"prompts of {writing.prompt}: {size(memory.cache)} are their keys and values, and "
+            f"{size(memory.rollout)} what it needs besides."
+        )
+    return [*lines, *planned.remarks]
 
 
 def remedies_lines(planned: Plan, remedies: Sequence[Remedy], limit: int) -> list[str]:
@@ -70,8 +96,9 @@ def remedies_lines(planned: Plan, remedies: Sequence[Remedy], limit: int) -> lis
     if peak <= limit:
         return [f"It fits into {size(limit)}: {size(peak)} at the most."]
     if not remedies:
+        fewer = ", fewer replies at once" if planned.writing is not None else ""
         return [
-            f"It does not fit into {size(limit)}, and neither do smaller micro-batches, "
+            f"It does not fit into {size(limit)}, and neither do smaller micro-batches{fewer}, "
             "checkpointing or a 4-bit base; take a smaller model, shorter rows or more devices."
         ]
     lines = [f"It does not fit into {size(limit)} ({size(peak)}). What makes it fit, in order:"]

@@ -6,10 +6,17 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from tunesmith.errors import SpecError
 from tunesmith.jobs.labelled import compares
-from tunesmith.objectives import Classification, Distillation, Preference, TokenClassification
+from tunesmith.objectives import (
+    PPO,
+    Classification,
+    Distillation,
+    Preference,
+    TokenClassification,
+)
 from tunesmith.objectives.sampling import FromReplies
+from tunesmith.ops.linear_divergence_top_k import outcomes
+from tunesmith.types import IGNORE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,26 +27,6 @@ if TYPE_CHECKING:
     from tunesmith.types import Batch
 
 _OF_TOKENS: Final = {"input_ids", "labels", "position_ids", "attention_mask"}
-
-
-def require_batch(run: Run) -> None:
-    """Check that what a step takes can be known without data and other models.
-
-    Raises:
-        SpecError: it cannot.
-    """
-    name = run.objective.name
-    if isinstance(run.objective, FromReplies):
-        raise SpecError(
-            f"objective.name: {name} learns from replies that the model has yet to write, and what "
-            "writing and learning take is not planned; plan the same run with objective.name: sft, "
-            "which is the least that it needs"
-        )
-    if isinstance(run.objective, Distillation):
-        raise SpecError(
-            f"objective.name: {name} has a teacher beside the model, which is not planned; plan "
-            "the same run with objective.name: sft, which is all but the teacher"
-        )
 
 
 def sequences_a_row(run: Run) -> int:
@@ -53,17 +40,60 @@ def full_batch(run: Run, model: PreTrainedModel, shape: tuple[int, int]) -> Batc
     objective = run.objective
     ids = torch.zeros((rows * sequences_a_row(run), length), dtype=torch.int64)
     mask, positions = torch.ones_like(ids), torch.arange(length)[None].expand(len(ids), length)
+    kept = _kept_of_teacher(run, model, rows * length)
     if isinstance(objective, Classification | TokenClassification):
         labels = _labels(objective, model, ids)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if model.config.is_encoder_decoder:
-        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "labels": ids}
-    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+        both = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "labels": ids}
+        return both | kept
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions} | kept
+    if isinstance(objective, FromReplies):
+        return batch | _of_replies(objective, ids)
     if compares(run):
         batch |= {"attention_mask": mask, **_judged(_judgement(run), rows, length)}
+    if isinstance(objective, Distillation) and objective.logits == "cached":
+        return batch | _of_teacher(objective, model, ids)
     if isinstance(objective, Preference) and objective.needs_reference:
         batch["reference"] = torch.zeros(len(ids))
     return batch
+
+
+def _kept_of_teacher(run: Run, model: PreTrainedModel, positions: int) -> Batch:
+    """Return what a batch holds of a teacher that spoke before training."""
+    objective = run.objective
+    if not isinstance(objective, Distillation) or objective.logits != "cached":
+        return {}
+    vocab = model.get_output_embeddings().weight.shape[0]
+    kept = outcomes(objective.top_k, vocab)
+    return {
+        "teacher_tokens": torch.zeros((positions, objective.top_k), dtype=torch.int32),
+        "teacher_log_probs": torch.zeros((positions, kept)),
+        "teacher_vocab": vocab,
+    }
+
+
+def _of_teacher(objective: Distillation, model: PreTrainedModel, ids: Tensor) -> Batch:
+    """Return what was kept of a teacher's word; a row's first token is predicted by nothing."""
+    positions, kept = len(ids) * (ids.shape[1] - 1), objective.top_k
+    return {
+        "teacher_tokens": torch.zeros((positions, kept), dtype=torch.int32),
+        "teacher_log_probs": torch.zeros(positions, kept + 1),
+        "teacher_vocab": model.config.get_text_config().vocab_size,
+    }
+
+
+def _of_replies(objective: FromReplies, ids: Tensor) -> Batch:
+    """Return what a batch of `tunesmith.objectives.replies` holds besides the model's inputs."""
+    rows, tokens = len(ids), objective.rollout.max_new_tokens
+    names = ["advantages", "old_log_probs", "reference_log_probs"]
+    if isinstance(objective, PPO):
+        names += ["returns", "old_values"]
+    values = {name: torch.zeros(rows * tokens) for name in names}
+    labels = ids.clone()
+    labels[:, : ids.shape[1] - tokens] = IGNORE
+    reply = torch.arange(rows).repeat_interleave(tokens)
+    return {"labels": labels, "replies": rows, "reply": reply, **values}
 
 
 def side_by_side(batch: Batch) -> Batch:

@@ -92,11 +92,7 @@ def _ask(
     run: Run, objective: FromReplies, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[Run, AskedData]:
     """Return the prompts of a run that writes the replies itself."""
-    if is_encoder_decoder(run.model):
-        raise SpecError(
-            f"objective.name: {objective.name} samples from a causal model, and this model "
-            "reads and writes apart; use a causal model"
-        )
+    require_causal(run)
     asked = prepare_asked(
         run.data,
         tokenizer,
@@ -105,6 +101,19 @@ def _ask(
         prompt_tokens=objective.rollout.prompt_tokens,
     )
     return run, asked
+
+
+def require_causal(run: Run) -> None:
+    """Check that the model of a run that samples can be sampled from.
+
+    Raises:
+        SpecError: it reads and writes apart.
+    """
+    if is_encoder_decoder(run.model):
+        raise SpecError(
+            f"objective.name: {run.objective.name} samples from a causal model, and this model "
+            "reads and writes apart; use a causal model"
+        )
 
 
 def head_of_run(run: Run) -> Head | None:

@@ -15,7 +15,8 @@ from tunesmith.engine.blocks import Level, Start, levels_of
 from tunesmith.engine.compiled import compiles
 from tunesmith.jobs.full_batch import sequences_a_row
 from tunesmith.jobs.plan import plan
-from tunesmith.objectives.sampling import FromReplies
+from tunesmith.jobs.planned_writing import sampling_of
+from tunesmith.objectives import Distillation
 from tunesmith.report.words import size
 
 if TYPE_CHECKING:
@@ -46,10 +47,9 @@ def start_of(assembled: Assembled, peers: Peers) -> Start | None:
     replies = most_replies(assembled)
     bound = _bound(assembled, replies * length)
     levels = levels_of(run.engine, compiled=compiles(run.engine, device, sharded=sharded))
-    if bound <= room:
+    # A teacher stands beside what the bound knows of.
+    if bound <= room and not isinstance(run.objective, Distillation):
         start = Start(levels[0], f"it needs less than {size(bound)}, and {size(room)} are free")
-    elif isinstance(run.objective, FromReplies):
-        return None  # what its steps take depends on what will have been written
     else:
         try:
             start = least(levels, _planned(run, device, length, replies=replies), room)
@@ -87,11 +87,14 @@ def least(levels: Sequence[Level], peak_of: Callable[[str], int], room: int) -> 
 
 def longest(assembled: Assembled) -> int:
     """Return the tokens of the longest row of training, as far as they are known."""
-    data = assembled.run.data
+    data, objective = assembled.run.data, assembled.run.objective
     bars = assembled.data.train_report.lengths
     if data.packing or not bars:
         return data.max_length
-    return min(data.max_length, max(bar.stop for bar in bars))
+    # Of replies that are to be sampled the prompts alone are known.
+    settings = sampling_of(objective)
+    replies = 0 if settings is None else settings.max_new_tokens
+    return min(data.max_length, max(bar.stop for bar in bars) + replies)
 
 
 def most_replies(assembled: Assembled) -> int:
@@ -112,7 +115,8 @@ def _planned(run: Run, device: torch.device, length: int, *, replies: int) -> Ca
     def peak_of(mode: str) -> int:
         engine = run.engine.model_copy(update={"checkpointing": mode})
         changed = run.model_copy(update={"engine": engine})
-        return plan(changed, device=device.type, length=length).alone.peak
+        # Whatever is recomputed, a roll-out takes the same.
+        return plan(changed, device=device.type, length=length).alone.phases["training step"]
 
     return peak_of
 

@@ -17,13 +17,18 @@ from tunesmith.engine.optimizer import build_optimizer
 from tunesmith.errors import SpecError
 from tunesmith.jobs.assemble import Program, attach_seeded, choose_dtypes, choose_padding
 from tunesmith.jobs.full_batch import full_batch, side_by_side
-from tunesmith.jobs.plan import Plan, head_of, plan
+from tunesmith.jobs.plan import Plan, plan
+from tunesmith.jobs.planned_models import head_of
+from tunesmith.jobs.roles import with_roles
+from tunesmith.jobs.teacher import Teacher, load_teacher, teacher_dtype
 from tunesmith.measure.growth import Growth, growth_of
 from tunesmith.measure.process_heap import give_back
 from tunesmith.measure.simulated_memory import bytes_left
+from tunesmith.models.attention import enable_segments
 from tunesmith.models.loading import load_model, locate
 from tunesmith.models.quantize import quantise
 from tunesmith.models.skeleton import skeleton
+from tunesmith.objectives import Distillation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
 
     from tunesmith.engine.blocks import Blocks
     from tunesmith.methods.tuned import TunedModel
+    from tunesmith.models.heads import Head
+    from tunesmith.models.settings import ModelSettings
     from tunesmith.spec import Run
     from tunesmith.types import Batch
 
@@ -88,11 +95,16 @@ def probe(planned: Plan) -> Probe:
     """Take three steps of `planned.run` at parts of its length, on the device it is planned for.
 
     Raises:
-        SpecError: the plan is for a device that is not here, or its rows are too short to have
-            parts.
+        SpecError: the plan is for a device that is not here, its rows are too short to have parts,
+            or the run samples its rows.
         SetupError: the peak of a step cannot be measured here.
     """
     rows, length = planned.tokens
+    if planned.writing is not None:
+        raise SpecError(
+            f"--probe: a step of objective.name: {planned.run.objective.name} learns from replies "
+            "that were sampled and scored before, which three steps are not; plan without --probe"
+        )
     if planned.device == "cuda" and not torch.cuda.is_available():
         raise SpecError(
             "--probe: there is no GPU here to take steps on; plan with --device cpu, or without "
@@ -118,9 +130,22 @@ def probe(planned: Plan) -> Probe:
 
 
 def has_weights(run: Run) -> bool:
-    """Return whether the model's weights are on this machine; nothing is fetched for a probe."""
-    place = locate(run.model.name, run.model, only=["config.json"])
+    """Return whether all weights are on this machine; nothing is fetched for a probe."""
+    teaching = _teaching(run)
+    return all(map(_are_here, [run.model, *([teaching.teacher] if teaching else [])]))
+
+
+def _are_here(settings: ModelSettings) -> bool:
+    place = locate(settings.name, settings, only=["config.json"])
     return place.is_file() or any(place.glob("*.safetensors"))
+
+
+def _teaching(run: Run) -> Distillation | None:
+    """Return the run's objective where a teacher stands beside the model in every step."""
+    objective = run.objective
+    if isinstance(objective, Distillation) and objective.logits == "live":
+        return objective
+    return None
 
 
 @contextmanager
@@ -133,8 +158,9 @@ def ready(run: Run, device: torch.device, *, real_weights: bool) -> Iterator[Sta
         real_weights: load the model; else its shape is filled with random numbers on the device.
     """
     model = _model(run, device, real_weights=real_weights)
+    teacher = _teacher(run, device, real_weights=real_weights)
     padding_free = choose_padding(run, model) == "free"
-    tuned = attach_seeded(model, run)
+    tuned = with_roles(attach_seeded(model, run), run)
     model.train()
     blocks = [model.get_submodule(block.path) for block in tuned.sites.blocks]
     gc.collect()
@@ -142,19 +168,36 @@ def ready(run: Run, device: torch.device, *, real_weights: bool) -> Iterator[Sta
         torch.cuda.empty_cache()
     give_back()
     with training_blocks(model, blocks, run.engine, device=device) as running:
-        yield Stage(run, device, tuned, running, padding_free=padding_free)
+        yield Stage(run, device, tuned, running, padding_free=padding_free, teacher=teacher)
 
 
 def _model(run: Run, device: torch.device, *, real_weights: bool) -> PreTrainedModel:
     dtype, head = choose_dtypes(run, device).weights, head_of(run)
     if real_weights:
         return load_model(run.model, device=device, dtype=dtype, head=head).model
-    model = skeleton(run.model, dtype=dtype, head=head, device=device)
-    if run.model.quantize == "int8":
+    return _random(run.model, dtype, device, head)
+
+
+def _random(
+    settings: ModelSettings, dtype: torch.dtype, device: torch.device, head: Head | None = None
+) -> PreTrainedModel:
+    model = skeleton(settings, dtype=dtype, head=head, device=device)
+    if settings.quantize == "int8":
         model = model.to("cpu")  # from where alone bitsandbytes rounds to these codes
-    if run.model.quantize != "none":
-        quantise(model, run.model, device=device)
+    if settings.quantize != "none":
+        quantise(model, settings, device=device)
     return model
+
+
+def _teacher(run: Run, device: torch.device, *, real_weights: bool) -> Teacher | None:
+    objective = _teaching(run)
+    if objective is None:
+        return None
+    if real_weights:
+        return load_teacher(objective, device)
+    model = _random(objective.teacher, teacher_dtype(objective, device), device)
+    segments = objective.teacher.attention == "auto" and enable_segments(model)
+    return Teacher(model.requires_grad_(False).eval(), segments)
 
 
 class Stage:
@@ -168,9 +211,11 @@ class Stage:
         blocks: Blocks,
         *,
         padding_free: bool,
+        teacher: Teacher | None = None,
     ) -> None:
         self.run, self.device, self.tuned, self.blocks = run, device, tuned, blocks
         self.padding_free = padding_free
+        self.teacher = teacher
         self.program = Program(tuned.model, run.objective)
         mixed = any(part.attachment.trains_base for part in tuned.parts)
         self.dtype = choose_dtypes(run, device).autocast(mixed=mixed)
@@ -181,8 +226,8 @@ class Stage:
         batch = self._batch(rows, length)
         counted = None
         if self.device.type != "cuda":
-            model = self.tuned.model
-            held = [*model.parameters(), *model.buffers()]
+            models = [self.tuned.model, *([self.teacher.model] if self.teacher else [])]
+            held = [x for model in models for x in (*model.parameters(), *model.buffers())]
             counted = bytes_left(lambda: self._loss(batch), held)
         gc.collect()
         reset_peak(self.device)
@@ -204,6 +249,8 @@ class Stage:
         self.blocks.see(batch)
         autocast = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
         with autocast:
+            if self.teacher is not None:
+                batch["teacher"] = self.teacher.states(batch)
             total: Tensor = self.program(batch).total
         return total
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tunesmith.jobs.plan import Plan, plan
+from tunesmith.jobs.planned_writing import sampling_of
+from tunesmith.objectives import PPO
+from tunesmith.objectives.sampling import FromReplies
 
 if TYPE_CHECKING:
+    from tunesmith.measure.memory_plan import MemoryPlan
     from tunesmith.spec import Run
 
 _WORTHWHILE: Final = 0.97
-"""A change that leaves more of the peak than this is not worth its price."""
+"""A change that leaves more of a peak than this is not worth its price."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,20 @@ def _changes(planned: Plan) -> Iterator[_Change]:
     checkpointing = run.engine.checkpointing
     if run.train.optimizer == "adamw":
         yield _set("train.optimizer", "adamw_8bit", "hardly any time; the state is rounded")
-    if checkpointing in {"none", "auto"}:
+    recomputes = _may_recompute(run)
+    if planned.writing is not None:
+        part = "rollout" if isinstance(run.objective, FromReplies) else "sampling"
+        for _ in range(int(math.log2(planned.writing.rows()))):
+            yield _Change(
+                f"objective.{part}.batch_size halved",
+                "replies are written in more turns, each as long as its longest reply",
+                partial(_fewer_at_once, planned.writing.replies),
+            )
+    if recomputes and checkpointing in {"none", "auto"}:
         yield _set(
             "engine.checkpointing", "selective", "all but matrix products and attention twice"
         )
-    if checkpointing not in {"full", "offload"}:
+    if recomputes and checkpointing not in {"full", "offload"}:
         yield _set("engine.checkpointing", "full", "one more forward pass a step, about a third")
     for _ in range(int(math.log2(run.train.batch_size))):
         yield _Change(
@@ -70,7 +83,7 @@ def _changes(planned: Plan) -> Iterator[_Change]:
         )
     if _changes_to_nf4(run):
         yield _set("model.quantize", "nf4", "weights are dequantised for every product")
-    if checkpointing != "offload" and planned.device == "cuda":
+    if recomputes and checkpointing != "offload" and planned.device == "cuda":
         yield _set(
             "engine.checkpointing",
             "offload",
@@ -94,6 +107,21 @@ def _halved(run: Run) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update=halves)})
 
 
+def _may_recompute(run: Run) -> bool:
+    """Return whether blocks may be computed again: not where a second adapter acts on them."""
+    return not (isinstance(run.objective, PPO) and run.objective.value == "adapter")
+
+
+def _fewer_at_once(replies: int, run: Run) -> Run:
+    """Return `run` with half as many of its `replies` written at once."""
+    objective, settings = run.objective, sampling_of(run.objective)
+    assert settings is not None  # noqa: S101 - asked of these alone
+    size = max(1, min(settings.batch_size, replies) // 2)
+    part = "rollout" if isinstance(objective, FromReplies) else "sampling"
+    halved = settings.model_copy(update={"batch_size": size})
+    return run.model_copy(update={"objective": objective.model_copy(update={part: halved})})
+
+
 def remedies(planned: Plan, limit: int) -> list[Remedy]:
     """Return the smallest changes that bring a run under `limit` bytes, the cheapest first.
 
@@ -110,15 +138,23 @@ def remedies(planned: Plan, limit: int) -> list[Remedy]:
         return plan(run, device=planned.device, length=planned.tokens[1])
 
     chosen: tuple[_Change, ...] = ()
-    smallest = planned.alone.peak
+    smallest = planned.alone
     for change in _changes(planned):
-        peak = after((*chosen, change)).alone.peak
-        if peak > _WORTHWHILE * smallest:
+        memory = after((*chosen, change)).alone
+        if not _helps(memory, smallest, limit):
             continue
-        chosen, smallest = (*chosen, change), peak
-        if peak <= limit:
+        chosen, smallest = (*chosen, change), memory
+        if memory.peak <= limit:
             return _told(_least(chosen, after, limit), after)
     return []
+
+
+def _helps(changed: MemoryPlan, before: MemoryPlan, limit: int) -> bool:
+    """Return whether a phase that did not fit needs enough less."""
+    return any(
+        peak > limit and changed.phases[phase] <= _WORTHWHILE * peak
+        for phase, peak in before.phases.items()
+    )
 
 
 def _least(

@@ -12,6 +12,10 @@ Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "zero3+offload"]
 STRATEGIES: Final[tuple[Strategy, ...]] = (
     "ddp", "fsdp", "zero1", "zero2", "zero3", "zero3+offload",
 )  # fmt: skip
+WHOLE_WEIGHTS: Final[tuple[Strategy, ...]] = ("ddp", "zero1", "zero2")
+"""Those that leave all weights on every device."""
+Phase = Literal["training step", "roll-out", "scoring"]
+"""Of a run that samples; other runs have steps alone."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,46 @@ class MemoryPlan:
     """What the process holds before anything is loaded; counted where the device is the CPU."""
     holes: int = 0
     """What was freed, stays resident and fits nothing that comes later, on the CPU."""
+    beside: int = 0
+    """What stands beside the model throughout and is whole on each device: a teacher, classifiers
+    that reward, and on the CPU the replies at hand."""
+    cache: int = 0
+    """Keys and values of a roll-out."""
+    rollout: int = 0
+    """What a roll-out needs besides: activations of the prompts, logits, a layer's cache anew."""
+    rollout_holes: int = 0
+    """As `holes`, while replies are written and scored."""
+    scoring: int = 0
+    """What the forward passes between roll-out and training need."""
+    scoring_holes: int = 0
+    """As `holes`, in those."""
 
     @property
-    def peak(self) -> int:
-        """Return the most at any moment of a step.
+    def phases(self) -> dict[Phase, int]:
+        """Return the most at any moment of each phase; one never begins before another ends.
 
         Gradients take the place of activations as backward goes, so they count where they
         outweigh them: in the optimiser's step.
         """
-        held = self.frozen + self.trained + self.optimizer + self.process + self.holes
-        return held + max(self.activations + self.transient, self.gradients)
+        held = self.frozen + self.trained + self.optimizer + self.process + self.beside
+        step = self.holes + max(self.activations + self.transient, self.gradients)
+        found: dict[Phase, int] = {"training step": held + step}
+        if self.rollout:
+            found["roll-out"] = held + self.rollout_holes + self.cache + self.rollout
+        if self.scoring:
+            found["scoring"] = held + self.scoring_holes + self.scoring
+        return found
+
+    @property
+    def peak(self) -> int:
+        """Return the most at any moment."""
+        return max(self.phases.values())
+
+    @property
+    def peaks_in(self) -> Phase:
+        """Return the phase with that moment."""
+        phases = self.phases
+        return max(phases, key=lambda phase: phases[phase])
 
 
 def shared_out(plan: MemoryPlan, devices: int, strategy: Strategy, *, block: int) -> MemoryPlan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,13 @@ if TYPE_CHECKING:
     from tunesmith.methods.adapter_files import SavedAdapter
     from tunesmith.methods.tuned import TunedModel
     from tunesmith.types import Batch
+
+SCORED_AT_ONCE: Final = 16
+"""Texts that a reward model reads side by side."""
+_SHOWN: Final = 60
+"""Characters of a template in a message."""
+_CONTEXT: Final = 20
+"""Of them, those that are still alike."""
 
 
 @contextmanager
@@ -110,7 +117,7 @@ class RewardScorer:
         return F.linear(last, self.weight.to(last.device), bias)[:, 0]
 
     def score(
-        self, texts: Sequence[str] | Sequence[Sequence[int]], *, batch_size: int = 16
+        self, texts: Sequence[str] | Sequence[Sequence[int]], *, batch_size: int = SCORED_AT_ONCE
     ) -> list[float]:
         """Return a reward for each text, or for each list of token ids, in their order.
 
@@ -161,17 +168,21 @@ def _require_same_template(directory: Path, tokenizer: PreTrainedTokenizerBase) 
     own = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if own.chat_template != tokenizer.chat_template or own.get_vocab() != tokenizer.get_vocab():
         what = "chat template" if own.chat_template != tokenizer.chat_template else "vocabulary"
+        theirs, ours = _shown(own, tokenizer), _shown(tokenizer, own)
         raise AdapterError(
-            f"{directory}: this reward run was trained with another {what} "
-            f"({_shown(own, what)}) than the policy's ({_shown(tokenizer, what)}); set the same "
-            "model.chat_template and model.tokenizer for both"
+            f"{directory}: this reward run was trained with another {what} ({theirs}) than the "
+            f"policy's ({ours}); set the same model.chat_template and model.tokenizer for both"
         )
 
 
-def _shown(tokenizer: PreTrainedTokenizerBase, what: str) -> str:
-    if what == "vocabulary":
+def _shown(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
+    """Return what of a tokenizer is not the other's: its template from where they part, or size."""
+    one, two = str(tokenizer.chat_template), str(other.chat_template)
+    if one == two:
         return f"{len(tokenizer):,} tokens"
-    return repr(str(tokenizer.chat_template)[:60])
+    alike = next((n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
+    start = max(0, (min(len(one), len(two)) if alike is None else alike) - _CONTEXT)
+    return repr(one[start : start + _SHOWN])
 
 
 def _scalar_head(directory: Path, head: dict[str, Tensor] | None) -> tuple[Tensor, Tensor | None]:

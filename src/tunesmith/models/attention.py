@@ -395,7 +395,8 @@ class _SegmentInputs:
             return None
         changed = _without_mask(backbone, args, kwargs)
         tokens = kwargs["position_ids"].shape[-1]
-        if backbone.training and torch.is_grad_enabled() and kwargs.get("max_length_q"):
+        trains = backbone.training and torch.is_grad_enabled()
+        if (trains or self.choice.always) and kwargs.get("max_length_q"):
             changed["segments_backend"] = self.choice.backend(
                 len(kwargs["cu_seq_lens_q"]) - 1,
                 kwargs["max_length_q"],

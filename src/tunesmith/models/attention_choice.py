@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import torch
 
@@ -27,6 +27,9 @@ _LENGTHS: Final = 8
 
 class AttentionChoice:
     """Chooses for one model; see `backend`."""
+
+    always: ClassVar[bool] = False
+    """Whether it chooses outside of training too."""
 
     def __init__(self, model: PreTrainedModel, asked: Asked = "auto") -> None:
         self.asked: Asked = asked
@@ -73,7 +76,12 @@ class AttentionChoice:
 
 
 class SupposedChoice(AttentionChoice):
-    """The choice for a model without weights: what kernels keep is alike, so none is measured."""
+    """The choice for a model without weights: what kernels keep is alike, so none is measured.
+
+    Segments one by one are not to be had: how long each is, only data would say.
+    """
+
+    always: ClassVar[bool] = True
 
     def backend(self, segments: int, longest: int, tokens: int, device: torch.device) -> Backend:
         """Return a dense kernel where the segments are of one length."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
     from transformers import Cache, PreTrainedModel
@@ -71,7 +73,8 @@ class GrowingDecoder:
         self._seeds, self._mask = rows.seeds, rows.mask
         self._step = torch.zeros((), dtype=torch.int64, device=rows.ids.device)
         self._cache: Cache | None = None
-        self.drawn = self._forward(rows.ids, rows.positions)
+        with dense_head(model):
+            self.drawn = self._forward(rows.ids, rows.positions)
         self._position = rows.positions[:, -1:]
 
     def advance(self) -> Drawn:
@@ -91,6 +94,12 @@ class GrowingDecoder:
         self.drawn = type(self.drawn)(*(value[rows] for value in self.drawn))
         return True
 
+    def keys_and_values(self) -> list[Tensor]:
+        """Return what is kept of the tokens that were read, two tensors a layer."""
+        layers = [] if self._cache is None else self._cache.layers
+        kept = [layer for layer in layers if isinstance(layer, DynamicLayer)]
+        return [tensor for layer in kept for tensor in (layer.keys, layer.values)]
+
     def _forward(self, ids: Tensor, positions: Tensor) -> Drawn:
         output = self._model(
             input_ids=ids,
@@ -102,6 +111,21 @@ class GrowingDecoder:
         )
         self._cache = output.past_key_values
         return self._drawing(output.logits[:, -1], self._seeds, self._step)
+
+
+@contextmanager
+def dense_head(model: PreTrainedModel) -> Iterator[None]:
+    """Lay the states that the head reads side by side, inside a `with` block.
+
+    They are a slice of those of whole prompts, of which PyTorch would make a product for each row,
+    and for each a copy of the head's weight.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def takes_positions(model: PreTrainedModel) -> bool:

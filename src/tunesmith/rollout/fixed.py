@@ -15,6 +15,7 @@ from transformers.cache_utils import StaticLayer
 from tunesmith.models.context import TakesPositions
 from tunesmith.models.quantize_linear import multiplies_in_float8
 from tunesmith.rollout.compiled import CompiledDrawing, compiled_blocks
+from tunesmith.rollout.decode import dense_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,7 +129,7 @@ class FixedDecoder:
         layers = model.config.get_text_config().num_hidden_layers
         self._layers = [FixedLayer(columns, self._column, of) for _ in range(layers)]
         self._cache = Cache(layers=list(self._layers))
-        with _dense_head(model):
+        with dense_head(model):
             output = model(
                 input_ids=rows.ids[firsts],
                 attention_mask=rows.mask[firsts],
@@ -158,6 +159,10 @@ class FixedDecoder:
         """Return False: all rows stay, since the graph is of their number."""
         del rows
         return False
+
+    def keys_and_values(self) -> list[Tensor]:
+        """Return what tokens are kept in, two tensors a layer."""
+        return [tensor for layer in self._layers for tensor in (layer.keys, layer.values)]
 
     def _prepared(self) -> Callable[[], None]:
         """Return what takes a step."""
@@ -220,20 +225,6 @@ class FixedDecoder:
         drawn = self._draw(output.logits[:, -1], self._seeds, self._step)
         self._tokens.copy_(drawn.tokens)
         self._log_probs.copy_(drawn.log_probs)
-
-
-@contextmanager
-def _dense_head(model: PreTrainedModel) -> Iterator[None]:
-    """Lay the states that the head reads side by side, inside a `with` block.
-
-    They are a slice of those of whole prompts, of which it would make a product for each row.
-    """
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

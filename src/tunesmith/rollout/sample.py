@@ -135,7 +135,7 @@ def sample(
                 pad_token_id=pad_token_id,
                 device=model.device,
             )
-            fixed = _is_fixed(model, decoding)
+            fixed = is_fixed(model, decoding, model.device.type)
             decoder: Decoder = (
                 FixedDecoder(
                     model,
@@ -152,13 +152,18 @@ def sample(
     return [replies[index] for index in range(len(prompts))]
 
 
-def _is_fixed(model: PreTrainedModel, decoding: Decoding) -> bool:
+def is_fixed(model: PreTrainedModel, decoding: Decoding, device: str) -> bool:
+    """Return whether the cache is of fixed size where `model` writes on such a device.
+
+    Raises:
+        ModelError: `fixed` is asked for on a model that does not allow it.
+    """
     serves = fixed_cache_serves(model)
     if decoding == "fixed" and not serves:
         raise ModelError(
             f"decoding: fixed is not for {type(model).__name__} with these methods; use auto"
         )
-    return decoding == "fixed" or (decoding == "auto" and model.device.type == "cuda" and serves)
+    return decoding == "fixed" or (decoding == "auto" and device == "cuda" and serves)
 
 
 def _written(decoder: Decoder, count: int, room: int, stops: Stops) -> list[Reply]:
