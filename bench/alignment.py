@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignment_facts import facts_of
+from alignment_facts import changed, facts_of
 from alignment_pictures import pictures
 from alignment_tables import page, tables
 from readme import filled
@@ -84,6 +84,9 @@ def collected(
             facts = facts_of(place)
             if facts and progress(facts) >= progress(known):
                 found[place.name] = {"file": file, "command": command} | facts
+                if demonstration.command == "align":
+                    example = Path(__file__).parents[1] / "examples" / f"{file}.yaml"
+                    found[place.name]["changed"] = changed(place, example)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from alignment_stopped import held_out, last_samples, spans, stopped_facts, whole
+from tunesmith.jobs.align_spec import load_alignment
 from tunesmith.measure.intervals import bootstrap_interval, wilson_interval
 from tunesmith.report.record import Record, read_record
 
@@ -49,6 +50,27 @@ def chain_facts(directory: Path) -> dict[str, Any]:
         "stages": {name: fact | kinds_of(stages[name], fact) for name, fact in ran.items()},
         "not_run": [name for name in stages if name not in ran],
     }
+
+
+def changed(directory: Path, example: Path) -> list[str]:
+    """Return the settings of a chain that are not those of its example, as they are typed."""
+    own = yaml.safe_load((directory / "align.yaml").read_text(encoding="utf-8"))
+    theirs = flat(yaml.safe_load(load_alignment(example).to_yaml()))
+    return [
+        f"{key}={value}"
+        for key, value in flat(own).items()
+        if value != theirs.get(key) and key not in {"name", "output"}
+    ]
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings and lists by their dotted keys."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    leaves: dict[str, Any] = {}
+    for name, inner in inside:
+        place = f"{key}.{name}" if key else str(name)
+        leaves |= flat(inner, place) if isinstance(inner, dict | list) else {place: inner}
+    return leaves
 
 
 def kinds_of(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +132,7 @@ def run_facts(directory: Path) -> dict[str, Any]:
         "seed": run.get("seed"),
         "learning_rate": run.get("train", {}).get("learning_rate"),
         "data": [Path(source["path"]).name for source in run.get("data", {}).get("train", [])],
-        "device": next(iter(hardware["cuda_devices"]), hardware["processor"]),
+        "device": next(iter(hardware["cuda_devices"]), None) or processor(hardware),
         "ran": [[round(start), round(end)] for start, end in spans(record.events)],
         "versions": record.environment.get("versions", {}),
         "evaluations": {name: latest(pts) for name, pts in record.evaluations().items()},
@@ -154,6 +176,12 @@ def of_prompts(
     elif outcomes:
         found["reward_interval"] = list(bootstrap_interval(outcomes["reward"]))
     return found
+
+
+def processor(hardware: dict[str, Any]) -> str:
+    """Return what computes where there is no GPU."""
+    cores = f" with {hardware['cores']} cores" if "cores" in hardware else ""
+    return f"{hardware['processor']}{cores}"
 
 
 def latest(points: list[tuple[int, float]]) -> list[list[float]]:

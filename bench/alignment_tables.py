@@ -211,6 +211,7 @@ def in_readme(found: Found) -> str:
     said = [*reward_lines(found), *grpo_lines(found), *ppo_lines(found)]
     if not said:
         return MISSING
+    pairs = preference_lines(found)
     runs = [run for run in every_run(found) if run["objective"] in {"reward", "ppo", "grpo"}]
     devices = ", ".join(dict.fromkeys(run["device"] for run in runs))
     stopped = sum("stopped" in run for run in runs)
@@ -221,6 +222,8 @@ def in_readme(found: Found) -> str:
             f"{stopped} of {len(runs)} such runs were stopped before their end; the numbers are "
             "those of their last evaluation.",
         ]
+    if pairs:
+        lines += ["", *pairs]
     if unmeasured := missing(found):
         lines += ["", f"Not measured yet: {', '.join(unmeasured)}."]
     return "\n".join(lines)
@@ -235,6 +238,27 @@ def reward_lines(found: Found) -> list[str]:
         if name in found and "intervals" in found[name]
         for after, ends in [(found[name]["after"], found[name]["intervals"]["accuracy"])]
     ]
+
+
+def preference_lines(found: Found) -> list[str]:
+    """Return a line for each loss of pairs that was judged, and on what."""
+    one = furthest(found, "polite-preferences")
+    verdicts = [v for v in (one or {}).get("verdicts", []) if v["name"] in one["stages"]]
+    if not verdicts:
+        return []
+    run = one["stages"][verdicts[0]["name"]]
+    lines = [f"Losses of pairs, polite replies against rude ones, on one {run['device']}:", ""]
+    for verdict in verdicts:
+        polite = (
+            "own replies judged polite "
+            f"{percent(verdict['above_half'], verdict['above_half_interval'])}"
+        )
+        prefers = ""
+        if verdict["prefers"] is not None:
+            ends = (verdict["prefers_low"], verdict["prefers_high"])
+            prefers = f"prefers {percent(verdict['prefers'], ends)} of held-out better replies; "
+        lines.append(f"- {verdict['name']}: {prefers}{polite}")
+    return lines
 
 
 def grpo_lines(found: Found) -> list[str]:

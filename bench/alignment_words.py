@@ -95,7 +95,7 @@ def beside(found: Found, run: Found) -> int:
 
 def command(one: Found, run: Found) -> str:
     """Return how something was measured."""
-    return f"`{one['command']}` on one {run['device']}."
+    return f"`{' '.join([one['command'], *one.get('changed', [])])}` on one {run['device']}."
 
 
 def samples_of(run: Found) -> str:
