@@ -20,10 +20,10 @@ ladder: install  ## features < last layers < full, and LoRA, on real weights and
 	$(BIN)/tunesmith compare examples/ladder.yaml
 
 test: install  ## the test suite, with a sample of what takes minutes
-	$(BIN)/python -m pytest -q -n 2 -m "not exhaustive"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not exhaustive"
 
 test-all: install  ## all tests there are
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 matrix: install  ## prove every method on every architecture and write the table of it
 	-$(BIN)/python -m pytest -q -n 2 tests/numerics --ignore tests/numerics/test_table.py --junitxml build/matrix.xml
