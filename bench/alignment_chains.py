@@ -26,6 +26,8 @@ MOST_TELLING = {
     "grpo": ("reward", "kl", "length", "ended"),
 }
 """Metrics that a line about a stage has room for, by objective."""
+PAIRS = ("polite to plain", "plain to rude")
+"""Kinds of pairs, the better reply first."""
 UNJUDGED = "Not measured: the chain was stopped before its policies were judged."
 
 
@@ -39,6 +41,7 @@ def preferences(found: Found, one: Found) -> str:
             percent(v["prefers"], (v["prefers_low"], v["prefers_high"]))
             if v["prefers"] is not None
             else "-",
+            *(gained(v, kind) for kind in PAIRS),
             percent(v["likelier"]),
             percent(v["above_half"], v["above_half_interval"]),
             percent(v["won"].get("sft")),
@@ -51,16 +54,23 @@ def preferences(found: Found, one: Found) -> str:
         for v in one["verdicts"]
     ]
     head = (
-        *("policy", "prefers the better reply (95 % interval)", "better reply likelier a token"),
+        *("policy", "prefers the better reply (95 % interval)", *PAIRS),
+        "better reply likelier a token",
         *("own replies judged polite (95 % interval)", "wins against sft", "KL (nats a reply)"),
         *("tokens a reply", "distinct-2", "self-BLEU", "training"),
     )
     how = (
         f"{command(one, one['stages']['sft'])} All on {one['prompts']} rows that nothing was "
         "trained on. A policy prefers a reply whose log-probability rose more since its stage "
-        "began."
+        "began; the next two columns tell the pairs apart."
     )
     return f"{table(head, rows)}\n\n{how}"
+
+
+def gained(verdict: Found, kind: str) -> str:
+    """Return of how many pairs of a kind the better reply gained more."""
+    right, of = verdict.get("gained", {}).get(kind, (0, 0))
+    return percent(right / of) if of else "-"
 
 
 def judge_alone(one: Found) -> str:

@@ -103,15 +103,36 @@ def kinds_of(directory: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def judged(directory: Path, verdict: dict[str, Any]) -> dict[str, Any]:
-    """Return the share of a policy's replies to which the judge gives more than a half.
+    """Return how many replies of a policy the judge gives more than a half, and what pairs gained.
 
-    That is what a classifier would call them; of a reward model, whose scores have no such middle,
-    it means nothing and the table leaves it out.
+    The first is what a classifier would call them; of a reward model, whose scores have no such
+    middle, it means nothing and the table leaves it out.
     """
     path = directory / "judged" / f"{verdict['name']}.json"
-    rewards = json.loads(path.read_text(encoding="utf-8"))["rewards"]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rewards = found["rewards"]
     above = sum(reward > 0.5 for reward in rewards)
-    return {"above_half": above / len(rewards), "above_half_interval": share(above, len(rewards))}
+    return {
+        "above_half": above / len(rewards),
+        "above_half_interval": share(above, len(rewards)),
+        "gained": gained(found),
+    }
+
+
+def gained(found: dict[str, Any]) -> dict[str, list[int]]:
+    """Return how many pairs' better replies gained more, and of how many, by what the pairs are.
+
+    Of each pair one is the plain reply of the row (`output`), the other a rewriting of it.
+    """
+    counts: dict[str, list[int]] = {}
+    for prompt, gain in zip(found["prompts"], found.get("gains") or [], strict=False):
+        columns = prompt["columns"]
+        if columns.get("output") in {columns.get("chosen"), columns.get("rejected")}:
+            plain = columns["chosen"] == columns["output"]
+            count = counts.setdefault("plain to rude" if plain else "polite to plain", [0, 0])
+            count[0] += gain > 0
+            count[1] += 1
+    return counts
 
 
 def share(count: int, of: int) -> list[float]:

@@ -70,5 +70,5 @@ def _prepare(loaded: LoadedRun, data: str | None) -> PreparedData:
 def _pointed_at(settings: DataSettings, data: str) -> DataSettings:
     """Return settings that evaluate on `data`, read as the run's own data are."""
     like: Source = (settings.evaluation or settings.train)[0]
-    source = like.model_copy(update={"path": data, "split": None, "limit": None})
+    source = like.model_copy(update={"path": data, "split": None, "skip": 0, "limit": None})
     return settings.model_copy(update={"evaluation": [source], "holdout": 0})
