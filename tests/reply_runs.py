@@ -1,6 +1,9 @@
 """Runs of a tiny model that learns from its own replies."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +66,20 @@ def kill_after(step: int) -> Any:
             raise StopError
 
     return listen
+
+
+def train_in_two_processes(run: Run, folder: Path) -> None:
+    """Train `run` by torchrun; `folder` takes its run file."""
+    file = folder / "run.yaml"
+    file.write_text(run.model_dump_json())  # JSON is YAML
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "tunesmith", "train", str(file)]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 import tunesmith
 from pairs import pair_rows, run_of, write_rows
-from reply_runs import StopError, adapter, events, kill_after
+from reply_runs import StopError, adapter, events, kill_after, train_in_two_processes
 from tiny import tiny_llama, tiny_t5, tiny_tokenizer
 from tunesmith import DataSettings, ModelSettings, Run, Source
 from tunesmith.engine.events import Event, StepDone
@@ -331,19 +329,7 @@ def test_two_processes_share_the_teachers_work_and_learn_what_one_does(
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     run = taught(tmp_path / "two", tiny_model, teacher, train={"batch_size": 4})
-    file = tmp_path / "two" / "run.yaml"
-    file.write_text(run.model_dump_json())  # JSON is YAML
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tunesmith", "train", str(file)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_in_two_processes(run, tmp_path / "two")
     two = {load_file(path)["tokens"].shape: load_file(path) for path in cache.glob("*")}
     for path in cache.glob("*"):
         path.unlink()

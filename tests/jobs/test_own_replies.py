@@ -1,8 +1,5 @@
 """Distillation on replies that the student writes itself."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import torch
 
 import tunesmith
 from pairs import pair_rows, run_of, write_rows
-from reply_runs import StopError, adapter, events, kill_after
+from reply_runs import StopError, adapter, events, kill_after, train_in_two_processes
 from tiny import tiny_llama, tiny_tokenizer
 from tunesmith import DataSettings, Full, ModelSettings, Run, Source
 from tunesmith.data.rows import TokenRow
@@ -189,20 +186,8 @@ def test_two_processes_write_and_learn_what_one_does(
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    file = tmp_path / "two" / "run.yaml"
     run = own(tmp_path / "two", tiny_model, teacher, train={"batch_size": 4})
-    file.write_text(run.model_dump_json())  # JSON is YAML
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tunesmith", "train", str(file)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_in_two_processes(run, tmp_path / "two")
     one = tunesmith.train(own(tmp_path / "one", tiny_model, teacher)).directory.path
     losses = [
         [e["loss"] for e in events(path, "step_done")]

@@ -1,8 +1,5 @@
 """Two processes (torchrun, gloo) write, between them, the replies that one writes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +7,7 @@ import pytest
 import torch
 
 import tunesmith
-from reply_runs import adapter, events, run_of
+from reply_runs import adapter, events, run_of, train_in_two_processes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -34,19 +31,7 @@ def test_two_processes_write_and_learn_what_one_does(
 ) -> None:
     one = tunesmith.train(of(tmp_path / "one", tiny_model, name, rows=4)).directory.path
     run = of(tmp_path / "two", tiny_model, name, rows=2)
-    file = tmp_path / "two" / "run.yaml"
-    file.write_text(run.model_dump_json())  # JSON is YAML
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tunesmith", "train", str(file)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_in_two_processes(run, tmp_path / "two")
     two = tmp_path / "two" / "runs" / "job"
     ours, theirs = events(two, "gathered"), events(one, "gathered")
     # The same noise and, but for the rounding of a gradient that is summed in another order, the

@@ -74,7 +74,7 @@ def save_snapshot(run_dir: Path, step: int, snapshot: Snapshot) -> Path:
         _write(unfinished, snapshot)
         _remove(final)
         os.replace(unfinished, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
@@ -95,10 +95,10 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the system write `path` to the disk, so that a crash cannot undo it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
+from tunesmith.engine.checkpoint import sync
 from tunesmith.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def whole_file(path: Path, *, instead: str = ANOTHER_CACHE) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(path)
             yield partial
-            _flush(partial)
+            sync(partial)
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -63,12 +64,3 @@ def _remove_abandoned(path: Path) -> None:
     for partial in path.parent.glob(f".{path.name}.*"):
         if time.time() - partial.stat().st_mtime > _ABANDONED:
             partial.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Force the file to the disk, before its name says that it is there."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
