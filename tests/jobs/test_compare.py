@@ -275,6 +275,10 @@ def test_a_run_of_an_earlier_version_still_counts(comparison_file: Path) -> None
         asked["engine"] |= {"checkpointing": "none", "speed": "safe"}  # what auto may choose
         trial.asked.write_text(yaml.safe_dump(asked))
         assert trial.finished()
+        place = Path(asked["output"])
+        asked["output"] = str(Path("/elsewhere").joinpath(*place.parts[-2:]))  # and moved here
+        trial.asked.write_text(yaml.safe_dump(asked))
+        assert trial.finished()
         asked["seed"] = 5
         trial.asked.write_text(yaml.safe_dump(asked))
         assert not trial.finished()

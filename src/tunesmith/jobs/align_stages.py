@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import TrainingError, TunesmithError
+from tunesmith.jobs.moved import same_but_moved
 from tunesmith.jobs.processes import alone, end_with_parent
 from tunesmith.jobs.run_directory import RunDirectory, clear, write_text
 from tunesmith.report.page import write_report
@@ -44,12 +45,17 @@ class Step:
         return "".join([*marks, self.run.to_yaml()])
 
     def begun(self) -> bool:
-        """Return whether exactly this was begun."""
-        return self.asked.is_file() and self.asked.read_text(encoding="utf-8") == self.to_text()
+        """Return whether exactly this was begun, here or where the chain lay before."""
+        return asked_before(self.asked, self.to_text())
 
     def finished(self) -> bool:
         """Return whether exactly this lies there whole."""
         return self.directory.summary.is_file() and self.begun()
+
+
+def asked_before(mark: Path, text: str) -> bool:
+    """Return whether the file `mark` says `text`, but for where the chain lay then."""
+    return mark.is_file() and same_but_moved(mark.read_text(encoding="utf-8"), text)
 
 
 def run_step(step: Step, say: Callable[[str], None]) -> None:

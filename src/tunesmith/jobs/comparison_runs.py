@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from tunesmith.errors import SpecError, TunesmithError
 from tunesmith.jobs.features_spec import FeatureRun, FeatureSettings
+from tunesmith.jobs.moved import same_but_moved
 from tunesmith.jobs.processes import end_with_parent
 from tunesmith.jobs.prompting_spec import PromptingRun, PromptingSettings
 from tunesmith.jobs.run_directory import RunDirectory, write_text
@@ -85,7 +86,9 @@ class Trial:
         if not (self.directory.summary.is_file() and self.asked.is_file()):
             return False
         then = self._as_asked(self.asked.read_text(encoding="utf-8"))
-        return then is not None and _with_choices_of(then, self).to_yaml() == then.to_yaml()
+        return then is not None and same_but_moved(
+            then.to_yaml(), _with_choices_of(then, self).to_yaml()
+        )
 
     def _as_asked(self, text: str) -> Trial | None:
         """Return the trial that `text` asked for; None where it is not understood any more."""

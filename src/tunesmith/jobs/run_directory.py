@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import CheckpointError, SpecError
+from tunesmith.jobs.moved import differences, where_it_is
 from tunesmith.spec import Run, load_run_file
-from tunesmith.yaml_text import Place, dotted
+from tunesmith.yaml_text import dotted
 
 MAY_DIFFER = {"tracking", "checkpoint"}
 """Parts of a spec that decide nothing about the weights, so a resumed run may change them."""
@@ -163,13 +164,16 @@ def clear(directory: RunDirectory) -> None:
 def open_finished(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunDirectory, Run]:
     """Return an existing run directory and its spec, with overrides applied.
 
+    Paths in the spec to what moved along with the directory are those of today.
+
     Raises:
         CheckpointError: there is no run.
     """
     directory = RunDirectory(Path(path))
     if not directory.spec.is_file():
         raise CheckpointError(f"{path}: no run directory (it has no run.yaml)")
-    return directory, load_run_file(directory.spec, overrides)
+    run = load_run_file(directory.spec, overrides)
+    return directory, where_it_is(run, directory.path)
 
 
 def _entries(path: Path) -> list[Path]:
@@ -181,20 +185,10 @@ def _check_same(run: Run, directory: RunDirectory) -> None:
     now = yaml.safe_load(run.to_yaml())
     if now["objective"].get("labels") is None and "labels" in before["objective"]:
         before["objective"]["labels"] = None  # found in the data, as they will be again
-    differing = [dotted(place) for place in _differences(before, now) if place[0] not in MAY_DIFFER]
+    found = differences(before, now)
+    differing = [dotted(place) for place in found if place[0] not in MAY_DIFFER]
     if differing:
         raise SpecError(
             f"{directory.path}: cannot resume with other settings than the run's own; "
             f"{', '.join(differing)} differ; give them back or start under another name"
         )
-
-
-def _differences(one: object, other: object, place: Place = ()) -> list[Place]:
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        keys = sorted({*one, *other})
-        return [
-            found
-            for key in keys
-            for found in _differences(one.get(key), other.get(key), (*place, key))
-        ]
-    return [] if one == other else [place]
