@@ -49,6 +49,7 @@ DEMONSTRATIONS = (
     Demonstration("reward", "reward-ultrafeedback", "train"),
     Demonstration("dpo", "polite-preferences", "align"),
     Demonstration("ppo", "ppo-sentiment", "align"),
+    Demonstration("ppo", "ppo-sentiment-cpu", "align"),
     Demonstration("grpo", "grpo-arithmetic", "train"),
     Demonstration("rlhf", "rlhf-politeness", "align"),
 )
@@ -80,13 +81,14 @@ def collected(
     command = f"tunesmith {' '.join(demonstration.arguments())}"
     for folder in folders:
         for place in (folder / file, *sorted(folder.glob(f"{file}-*"))):
+            if place.name != file and place.name in {one.file for one in DEMONSTRATIONS}:
+                continue
             known = found.get(place.name, before.get(place.name, {}))
             facts = facts_of(place)
             if facts and progress(facts) >= progress(known):
                 found[place.name] = {"file": file, "command": command} | facts
-                if demonstration.command == "align":
-                    example = Path(__file__).parents[1] / "examples" / f"{file}.yaml"
-                    found[place.name]["changed"] = changed(place, example)
+                example = ROOT / "examples" / f"{file}.yaml"
+                found[place.name]["changed"] = changed(place, example)
     return found
 
 

@@ -8,8 +8,10 @@ import yaml
 
 from alignment_stopped import held_out, last_samples, spans, stopped_facts, whole
 from tunesmith.jobs.align_spec import load_alignment
+from tunesmith.jobs.moved import Move
 from tunesmith.measure.intervals import bootstrap_interval, wilson_interval
 from tunesmith.report.record import Record, read_record
+from tunesmith.spec import load_run_file
 
 SAMPLES = 4
 TEXT = 600
@@ -53,13 +55,18 @@ def chain_facts(directory: Path) -> dict[str, Any]:
 
 
 def changed(directory: Path, example: Path) -> list[str]:
-    """Return the settings of a chain that are not those of its example, as they are typed."""
-    own = yaml.safe_load((directory / "align.yaml").read_text(encoding="utf-8"))
-    theirs = flat(yaml.safe_load(load_alignment(example).to_yaml()))
+    """Return the settings of a run or a chain that are not those of its example, as typed."""
+    chain = (directory / "align.yaml").is_file()
+    file = directory / ("align.yaml" if chain else "run.yaml")
+    own = yaml.safe_load(file.read_text(encoding="utf-8"))
+    asked = load_alignment(example) if chain else load_run_file(example).resolved()
+    theirs = flat(yaml.safe_load(asked.to_yaml()))
+    move = Move.between(Path(theirs["output"]).absolute(), Path(own["output"]).absolute())
     return [
         f"{key}={value}"
         for key, value in flat(own).items()
-        if value != theirs.get(key) and key not in {"name", "output"}
+        if value not in (theirs.get(key), move.of(theirs.get(key)))
+        and key not in {"name", "output"}
     ]
 
 

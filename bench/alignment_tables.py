@@ -25,6 +25,8 @@ from alignment_words import (
 
 REWARD_MODELS = {"reward-harmless": "hh_rlhf_harmless", "reward-ultrafeedback": "UltraFeedback"}
 """Demonstrations of reward models, with the name of their data."""
+ON_A_CPU = "ppo-sentiment-cpu"
+"""A small variant of the demonstration of PPO."""
 TARGET = 0.85
 """Reward by the held-out judge that PPO is to reach."""
 
@@ -108,6 +110,8 @@ def rewards(found: Found) -> str:
 def ppo(found: Found, one: Found) -> str:
     """Return PPO's seeds before the classifier that rewarded them and the one that did not."""
     runs = of_objective(found, "ppo-sentiment", "ppo")
+    small = of_objective(found, ON_A_CPU, "ppo")
+    runs |= {f"{name} ({run['device']})": run for name, run in small.items()}
     rows = [
         [
             name,
@@ -134,6 +138,7 @@ def ppo(found: Found, one: Found) -> str:
     kinds = [one["stages"][name]["after"]["accuracy"] for name in ("classifier", "judge")]
     single = any(JUDGE not in run.get("reward_intervals", {}) for run in seeds)
     unknown = any(run.get("general_loss") is None for run in seeds)
+    own = "".join(f" The last row: {command(found[ON_A_CPU], run)}" for run in small.values())
     how = (
         f"{command(one, seeds[0])} Mean of the judge over seeds ({len(after)}): "
         f"{statistics.mean(after):.3g}{spread}, on "
@@ -142,6 +147,7 @@ def ppo(found: Found, one: Found) -> str:
         f"{percent(kinds[0])} (reward) and {percent(kinds[1])} (judge).{stops(runs)}"
         + " No interval within a seed: single rewards are written at a run's end." * single
         + " Perplexity of general text is measured at a run's end too: not measured." * unknown
+        + own
         + side_by_side(found, list(runs.values()))
     )
     shown = f"![Held-out judge's reward over steps]({PPO_REWARD})\n\n![KL over steps]({PPO_KL})"
@@ -213,9 +219,8 @@ def in_readme(found: Found) -> str:
         return MISSING
     pairs = preference_lines(found)
     runs = [run for run in every_run(found) if run["objective"] in {"reward", "ppo", "grpo"}]
-    devices = ", ".join(dict.fromkeys(run["device"] for run in runs))
     stopped = sum("stopped" in run for run in runs)
-    lines = [f"SmolLM2-135M-Instruct with LoRA on one {devices}:", "", *said]
+    lines = ["SmolLM2-135M-Instruct with LoRA:", "", *said]
     if stopped:
         lines += [
             "",
@@ -234,6 +239,7 @@ def reward_lines(found: Found) -> list[str]:
     return [
         f"- a reward model on {label} ranks {percent(after['accuracy'], ends)} of held-out "
         f"pairs right, length alone {percent(after['length_only_accuracy'])}"
+        f"{where(found[name])}{smaller(found[name])}"
         for name, label in REWARD_MODELS.items()
         if name in found and "intervals" in found[name]
         for after, ends in [(found[name]["after"], found[name]["intervals"]["accuracy"])]
@@ -267,29 +273,46 @@ def grpo_lines(found: Found) -> list[str]:
         f"- GRPO on sums and differences ({name}): "
         f"{counted(run['before'].get('reward'), run.get('right_of'))} to "
         f"{counted(run['after'].get('reward'), run.get('right_of'))} of held-out problems right "
-        f"at step {run['steps']}, after {minutes(run['seconds'])}"
+        f"at step {run['steps']}, after {minutes(run['seconds'])}{where(run)}"
         for name, run in of_objective(found, "grpo-arithmetic", "grpo").items()
     ]
 
 
 def ppo_lines(found: Found) -> list[str]:
     """Return a line for the seeds of PPO."""
-    runs = seeds_of_ppo(found)
-    if not runs:
-        return []
-    before, after, kl = (
-        statistics.mean(run[when][key] for run in runs)
-        for when, key in (("before", JUDGE), ("after", JUDGE), ("after", "kl"))
-    )
-    return [
-        f"- PPO for positive sentiment, seeds 0 to {len(runs) - 1}: {before:.2f} to {after:.2f} by "
-        f"a classifier that did not teach, KL {kl:.1f} nats a reply, at step {runs[0]['steps']}"
-    ]
+    lines = []
+    for file in ("ppo-sentiment", ON_A_CPU):
+        if not (runs := seeds_of_ppo(found, file)):
+            continue
+        before, after, kl = (
+            statistics.mean(run[when][key] for run in runs)
+            for when, key in (("before", JUDGE), ("after", JUDGE), ("after", "kl"))
+        )
+        cost = "; ".join(rise(run) for run in runs if run.get("general_loss") is not None)
+        lines.append(
+            f"- PPO for positive sentiment, {len(runs)} seed{'s' * (len(runs) != 1)}: "
+            f"{before:.2f} to {after:.2f} by a classifier that did not teach, "
+            f"KL {kl:.1f} nats a reply, at step {runs[0]['steps']}"
+            + (f", perplexity of general text {cost}" if cost else "")
+            + where(runs[0])
+        )
+    return lines
 
 
-def seeds_of_ppo(found: Found) -> list[Found]:
+def where(run: Found) -> str:
+    """Return what a run ran on, as the end of a line."""
+    return f" (one {run['device']})"
+
+
+def smaller(one: Found) -> str:
+    """Return the settings of a run that are not those of its example."""
+    changed = one.get("changed", [])
+    return f", with {' '.join(f'`{setting}`' for setting in changed)}" if changed else ""
+
+
+def seeds_of_ppo(found: Found, file: str = "ppo-sentiment") -> list[Found]:
     """Return the runs of PPO with the settings of the example."""
-    stages = found.get("ppo-sentiment", {}).get("stages", {})
+    stages = found.get(file, {}).get("stages", {})
     return [run for run in stages.values() if run["objective"] == "ppo"]
 
 
@@ -300,6 +323,7 @@ def missing(found: Found) -> list[str]:
         names.append("the losses of pairs (`polite-preferences`)")
     if not (furthest(found, "rlhf-politeness") or {}).get("verdicts"):
         names.append("the judgement of the chain `rlhf-politeness`")
-    if any(run.get("general_loss") is None for run in seeds_of_ppo(found)):
+    ppo_runs = [run for file in ("ppo-sentiment", ON_A_CPU) for run in seeds_of_ppo(found, file)]
+    if all(run.get("general_loss") is None for run in ppo_runs):
         names.append("what PPO costs in perplexity")
     return names

@@ -16,12 +16,15 @@ from tunesmith.report.findings import Findings, FoundRow
 
 COMPARISONS = ("compare-sentiment", "compare-e2e")
 """Files of results that `tunesmith compare` wrote as comparison.json."""
+LADDERS = ("ladder", "ladder-rotten-tomatoes")
+"""Those that climb from features to full fine-tuning."""
 ON_GPUS = ("# Supervised fine-tuning on one ", "# Where a step's time goes ", "# Roll-outs on one ")
 """How the pages of bench/results begin that docs/performance.md shows."""
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PERFORMANCE = HERE.parent / "docs" / "performance.md"
 ALIGNMENT = PERFORMANCE.with_name("alignment.md")
+CLASSIFICATION = PERFORMANCE.with_name("classification.md")
 
 
 def main() -> None:
@@ -40,6 +43,8 @@ def main() -> None:
     PERFORMANCE.write_text(filled(page, "gpu", measured_on_gpus()), encoding="utf-8")
     page = ALIGNMENT.read_text(encoding="utf-8")
     ALIGNMENT.write_text(filled(page, "roles", roles(result("roles"))), encoding="utf-8")
+    page = CLASSIFICATION.read_text(encoding="utf-8")
+    CLASSIFICATION.write_text(filled(page, "ladder", ladders()), encoding="utf-8")
 
 
 def filled(text: str, name: str, content: str) -> str:
@@ -202,18 +207,30 @@ def measured() -> str:
 
 def methods() -> str:
     """Return what each method came to in the comparison on a small encoder, best first."""
-    findings = findings_from(result("compare-sentiment"))
+    return table_of("compare-sentiment", "compare-sentiment.yaml")
+
+
+def ladders() -> str:
+    """Return what the rungs from features to full fine-tuning came to, on each data set."""
+    own = "name=ladder-rotten-tomatoes run.data=..."
+    files = dict(zip(LADDERS, ("ladder.yaml", f"ladder.yaml {own}"), strict=True))
+    return "\n\n".join(table_of(name, file) for name, file in files.items() if there_is(name))
+
+
+def table_of(name: str, file: str) -> str:
+    """Return the rows of a comparison that trained something, best first, and where it ran."""
+    findings = findings_from(result(name))
     head = (
         *("method", "accuracy", "95 % interval", "trains", "stored", "peak memory", "s/step"),
         "inference",
     )
     table = [head, ["---"] * len(head), *(method(findings, row) for row in findings.trained)]
     lines = [f"| {' | '.join(cells)} |" for cells in table]
-    best = findings.trained[0]
+    steps = next(row for row in findings.trained if row.steps)
     where = (
-        f"`tunesmith compare examples/{findings.name}.yaml` on {device_of(findings)}: "
-        f"{findings.facts['model']}, {seeds(best)} of {best.steps} steps; the file is "
-        f"`bench/results/{findings.name}.json`."
+        f"`tunesmith compare examples/{file}` on {device_of(findings)}: "
+        f"{findings.facts['model']}, {seeds(steps)} of {steps.steps} steps; the file is "
+        f"`bench/results/{name}.json`."
     )
     return "\n".join([*lines, "", where])
 

@@ -47,6 +47,47 @@ def test_a_prompt_may_be_cut_instead(tmp_path: Path) -> None:
     assert len(row.input_ids) == 30
 
 
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+FIRST, SECOND = turn("user", "one?"), turn("user", "two?")
+SYSTEM, SAID, REPLY = turn("system", "Be kind"), turn("assistant", "1"), turn("assistant", "2")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "one?", "system": "Be kind"}, [SYSTEM, FIRST]),
+        ({"prompt": [FIRST], "system": "Be kind"}, [SYSTEM, FIRST]),
+        ({"prompt": [FIRST, SAID, SECOND]}, [FIRST, SAID, SECOND]),
+        ({"prompt": [SYSTEM, FIRST, SAID, SECOND]}, [SYSTEM, FIRST, SAID, SECOND]),
+        ({"messages": [FIRST, SAID, SECOND]}, [FIRST, SAID, SECOND]),
+        ({"messages": [FIRST, SAID, SECOND, REPLY]}, [FIRST, SAID, SECOND]),
+        ({"prompt": [FIRST], "completion": [REPLY]}, [FIRST]),
+        ({"instruction": "one?", "output": "1", "system": "Be kind"}, [SYSTEM, FIRST]),
+        ({"instruction": "one?", "chosen": "1", "rejected": "2"}, [FIRST]),
+        ({"chosen": [FIRST, SAID], "rejected": [FIRST, REPLY]}, [FIRST]),
+    ],
+    ids=str,
+)
+def test_all_that_comes_before_the_reply_is_asked(
+    tmp_path: Path, row: dict[str, Any], expected: list[dict[str, str]]
+) -> None:
+    """A row that ends with what is asked is asked whole, its own system turn before it."""
+    (found,) = asked(tmp_path, [row]).train.take(1)
+    assert found.messages == expected
+    template = tiny_tokenizer()
+    prompt = template.apply_chat_template(expected, add_generation_prompt=True, tokenize=False)
+    assert template.decode(found.input_ids) == prompt
+
+
+def test_tools_that_the_template_leaves_out_are_told(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    with pytest.raises(DataError, match="leaves out the row's tools"):
+        asked(tmp_path, [{"prompt": "one?", "tools": [tool]}])
+
+
 @pytest.mark.parametrize("row", [{"answer": 2}, {"messages": []}], ids=str)
 def test_a_row_that_asks_nothing_is_named(tmp_path: Path, row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl.*row 2"):

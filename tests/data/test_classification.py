@@ -55,6 +55,13 @@ def test_labels_are_sorted_as_numbers_where_they_are(tmp_path: Path) -> None:
     assert prepared(tmp_path, rows).classes == ("1", "9", "10")
 
 
+def test_the_word_nan_is_a_name_among_labels(tmp_path: Path) -> None:
+    words = ["nan", "b", "z", "10", "inf", "a", "9", "m", "y", "o"]
+    rows = [{"text": f"t{n}", "label": word} for n, word in enumerate(words)]
+    found = prepared(tmp_path, rows).classes
+    assert found == ("9", "10", "a", "b", "inf", "m", "nan", "o", "y", "z")
+
+
 def test_given_labels_decide_the_order(tmp_path: Path) -> None:
     data = prepared(tmp_path, GOOD, labels=["c", "b", "a"], shuffle=False)
     assert data.classes == ("c", "b", "a")

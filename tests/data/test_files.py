@@ -181,6 +181,18 @@ def test_utf_16_is_refused_in_words(tmp_path: Path) -> None:
         values(path)
 
 
+def test_a_tool_call_of_a_parquet_file_has_its_own_arguments_alone(tmp_path: Path) -> None:
+    def row(tool: str, key: str, value: object) -> dict[str, object]:
+        schema = {"type": "object", "properties": {key: {"type": "string"}}}
+        call = {"function": {"name": tool, "arguments": {key: value}}}
+        turns = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+        return {"messages": turns, "tools": [{"name": tool, "parameters": schema}], "id": None}
+
+    rows = [row("weather", "city", "Paris"), row("tip", "bill", 5)]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert values(tmp_path / "rows.parquet") == rows
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl.gz"])
 def test_a_damaged_file_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows.{kind}"

@@ -214,6 +214,23 @@ def test_bytes_that_are_not_utf_8_are_noticed(tmp_path: Path) -> None:
         layout.convert(row.values)
 
 
+@pytest.mark.parametrize("half", ["arguments", "tools"])
+def test_half_a_surrogate_pair_is_noticed_in_calls_and_tools(half: str, tmp_path: Path) -> None:
+    texts = {"arguments": "a", "tools": "a"} | {half: "\ud83d"}
+    function = {"name": "f", "arguments": {"text": texts["arguments"]}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "ask"},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": function}]},
+        ],
+        "tools": [{"name": "f", "description": texts["tools"]}],
+    }
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(DataError, match="holds half a surrogate pair"):
+        layout_of(locate(Source(path=str(path)))).convert(row)
+
+
 def test_no_readable_row_is_an_error_that_names_the_first(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("broken\nbroken\n")

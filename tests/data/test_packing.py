@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tunesmith.data.mixing import epoch_counts, epoch_order
 from tunesmith.data.packing import pack
 from tunesmith.data.stream import packed
+from tunesmith.errors import DataError
 
 CAPACITY = 32
 lengths = st.lists(st.integers(1, CAPACITY), max_size=200)
@@ -117,3 +118,16 @@ def test_without_shuffling_sources_keep_their_order() -> None:
 def test_without_shuffling_a_weighted_mixture_is_even() -> None:
     order = epoch_order([4, 2], [4, 4], seed=0, epoch=0, shuffle=False)
     assert order.tolist() == [0, 4, 1, 5, 2, 4, 3, 5]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_source_without_samples_gives_none(shuffle: bool) -> None:
+    sizes = [3, 0, 2]
+    counts = epoch_counts(sizes, [1.0, 1.0, 1.0], "concatenate")
+    order = epoch_order(sizes, counts, seed=0, epoch=1, shuffle=shuffle)
+    assert sorted(order.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_a_source_without_samples_can_have_no_share() -> None:
+    with pytest.raises(DataError, match=r"source 2 of data\.train has no samples left"):
+        epoch_counts([3, 0], [1.0, 1.0], "weighted")

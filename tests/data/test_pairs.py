@@ -113,6 +113,18 @@ def test_equal_replies_ties_and_long_prompts_are_dropped_and_counted(tmp_path: P
         rows_of(tmp_path, good[:4] + bad, max_length=64)
 
 
+@pytest.mark.parametrize("scores", [{"score_chosen": 1, "score_rejected": 4}, {"margin": -3}])
+def test_scores_that_contradict_the_choice_make_a_bad_row(
+    tmp_path: Path, scores: dict[str, float]
+) -> None:
+    """Neither learned from the wrong way round nor without a word."""
+    rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(5)]
+    with pytest.raises(DataError, match=r"row 6: .*disagree about which reply is the better"):
+        rows_of(tmp_path, [*rows, rows[0] | scores])
+    skipped = rows_of(tmp_path, [*rows, rows[0] | scores], on_bad_row="skip").train_report
+    assert (skipped.kept, skipped.sources[0].bad) == (5, 1)
+
+
 def test_too_many_equal_replies_stop_the_run(tmp_path: Path) -> None:
     same = {"prompt": "x", "chosen": "same", "rejected": "same"}
     rows = [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(8)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tokenizers import pre_tokenizers, processors
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tiny import CHATML, CHATML_UNMARKED, tiny_tokenizer
@@ -215,6 +215,69 @@ def test_a_template_that_rewrites_earlier_turns_is_explained() -> None:
         Renderer(tiny_tokenizer(DROPS_THINKING)).row(sample)
 
 
+def test_a_turn_of_weight_0_may_be_rewritten() -> None:
+    tokenizer = tiny_tokenizer(DROPS_THINKING)
+    asked, earlier, more, last = chat("a", "<think>hm</think>b", "c", "<think>ah</think>d").messages
+    row = Renderer(tokenizer).row(Conversation((asked, earlier | {"weight": 0}, more, last)))
+    check(
+        row,
+        tokenizer,
+        ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n", False),
+        ("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", False),
+        ("<think>ah</think>d<|im_end|>", True),
+        ("\n", False),
+    )
+
+
+NO_THINKING = CHATML_UNMARKED.replace(
+    "{{ message['content'] + '<|im_end|>' }}",
+    "{{ message['content'].split('</think>')[-1] + '<|im_end|>' }}",
+)
+NO_SYSTEM = CHATML_UNMARKED.replace(
+    "{% for message in messages %}",
+    "{% for message in messages if message['role'] != 'system' %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "lost"),
+    [
+        (NO_THINKING, chat("a", "<think>hm</think>b").messages, r"the reply's thinking \('hm'\)"),
+        (
+            CHATML,
+            (turn("user", "a"), turn("assistant", "b") | {"reasoning_content": "hm"}),
+            r"the reply's thinking \('hm'\)",
+        ),
+        (NO_SYSTEM, (turn("system", "be kind"), *chat("a", "b").messages), "the system turn"),
+    ],
+    ids=["thinking in the text", "thinking beside it", "system turn"],
+)
+def test_a_template_that_leaves_words_out_is_refused(
+    template: str, messages: tuple[dict[str, object], ...], lost: str
+) -> None:
+    with pytest.raises(DataError, match=f"the chat template leaves out {lost}"):
+        Renderer(tiny_tokenizer(template)).row(Conversation(messages))
+
+
+def test_thinking_may_be_written_otherwise_than_the_row_has_it() -> None:
+    moved = "{{ message['content'].replace('<think>', '<|im_start|>').replace('</think>', '; ') + "
+    tokenizer = tiny_tokenizer(CHATML_UNMARKED.replace("{{ message['content'] + ", moved, 1))
+    row = Renderer(tokenizer).row(chat("a", "<think>\nhm\n</think>\n\nb"))
+    said = tokenizer.decode(row.input_ids[row.supervised].tolist())
+    assert said == "<|im_start|>\nhm\n; \n\nb<|im_end|>"
+
+
+@pytest.mark.parametrize("reply", ["yes", " yes", "\nyes"])
+def test_a_header_that_takes_in_white_space_is_not_learned(reply: str) -> None:
+    header = CHATML_UNMARKED.replace("<|im_start|>' + message['role']", "<|as|>'")
+    tokenizer = tiny_tokenizer(header.replace("<|im_start|>assistant", "<|as|>"))
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|as|>", special=True, rstrip=True)]}
+    )
+    row = Renderer(tokenizer).row(chat("ask", reply))
+    assert tokenizer.decode(row.input_ids[row.supervised].tolist()) == "yes<|im_end|>"
+
+
 def test_a_template_that_rewrites_is_fine_while_it_does_not() -> None:
     tokenizer = tiny_tokenizer(DROPS_THINKING)
     row = Renderer(tokenizer).row(chat("a", "b", "c", "<think>hm</think>d"))
@@ -304,11 +367,35 @@ def test_the_prompt_is_all_before_the_last_reply_with_the_assistant_s_header() -
     assert prompt.messages == list(chat("a", "b", "c").messages)
 
 
+def test_a_reply_alone_has_the_tokens_that_a_row_learns() -> None:
+    # As Llama's does, this tokenizer writes a text as if a space stood before its first word.
+    tokenizer = tiny_tokenizer()
+    core = tokenizer.backend_tokenizer
+    core.normalizer = normalizers.Prepend(" ")
+    assert tokenizer.tokenize("yes") == ["\u0120", "y", "e", "s"]
+    assert Renderer(tokenizer).reply("yes") == tokenizer.convert_tokens_to_ids(
+        ["y", "e", "s", "<|im_end|>"]
+    )
+
+
 def test_the_reference_of_a_tool_call_is_the_call_as_written() -> None:
     sample = Conversation(calling().messages[:2], TOOLS)
     prompt = Renderer(tiny_tokenizer(WITH_TOOLS)).prompt(sample)
     assert prompt.reference == [
         '[{"type": "function", "function": {"name": "tip", "arguments": {"bill": 5}}}]'
+    ]
+
+
+def test_the_reference_of_a_tool_call_is_read_as_the_model_s_replies_are() -> None:
+    template = WITH_TOOLS.replace("(message['tool_calls']", "('[CALLS]' + message['tool_calls']")
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[CALLS]"]})
+    renderer, sample = Renderer(tokenizer), Conversation(calling().messages[:2], TOOLS)
+    row = renderer.row(sample)
+    learned = row.input_ids[row.supervised].tolist()
+    assert tokenizer.convert_tokens_to_ids("[CALLS]") in learned
+    assert renderer.prompt(sample).reference == [
+        tokenizer.decode(learned, skip_special_tokens=True)
     ]
 
 

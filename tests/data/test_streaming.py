@@ -120,6 +120,14 @@ def test_every_kind_of_file_resumes(tmp_path: Path, write: object) -> None:
         assert texts(again.take(30), TOKENIZER) == expected
 
 
+def test_resuming_knows_the_first_row_behind_those_that_are_skipped(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", exchanges(20))
+    first, again = (stream(source(path, skip=3), shuffle_buffer=17) for _ in range(2))
+    first.take(1)
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert texts(again.take(30), TOKENIZER) == texts(first.take(30), TOKENIZER)
+
+
 def test_peeking_takes_nothing(tmp_path: Path) -> None:
     rows = stream(*two_sources(tmp_path))
     rows.take(9)

@@ -78,6 +78,15 @@ def test_a_changed_file_changes_the_table(tmp_path: Path) -> None:
     assert table(path, tmp_path / "cache").directory != before.directory
 
 
+def test_a_file_that_is_read_otherwise_has_another_table(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.txt", [{"text": "hello"}])
+    as_text = table(path, tmp_path / "cache")
+    as_json = table(path.rename(tmp_path / "rows.jsonl"), tmp_path / "cache")
+    decode = tiny_tokenizer().decode
+    assert decode(as_text.tokens) == '{"text": "hello"}<|im_end|>'
+    assert decode(as_json.tokens) == "hello<|im_end|>"
+
+
 def test_a_changed_vocabulary_changes_the_table_and_a_padded_call_does_not(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     state = tokenise.tokenizer_state(tokenizer)

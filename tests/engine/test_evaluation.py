@@ -11,6 +11,7 @@ from plain_task import collate, number_rows, plain_task, train
 from tunesmith.engine.distribution import Peers
 from tunesmith.engine.evaluation import mean_loss, measuring
 from tunesmith.engine.events import Evaluated, Event
+from tunesmith.engine.progress import Best, Progress
 from tunesmith.errors import DataError, SpecError
 from tunesmith.types import IGNORE, Batch
 
@@ -105,6 +106,25 @@ def test_higher_is_better_for_what_is_no_loss(tmp_path: Path) -> None:
         tmp_path, [0.9, 0.1, 0.3, 0.2, 0.3], max_steps=4, evaluate_every=1, best="accuracy"
     )
     assert [event.best for event in events] == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("metric", ["loss", "mse", "divergence", "absolute_error"])
+def test_lower_is_better_for_losses_divergences_and_errors(metric: str) -> None:
+    progress = Progress(micro_batch=1)
+    for step, value in enumerate((0.9, 0.5, 0.7, 0.3)):
+        progress.step = step
+        progress.record({metric: value}, metric)
+    assert progress.best == Best(3, metric, 0.3)
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_what_is_no_number_is_never_the_best(metric: str) -> None:
+    progress = Progress(micro_batch=1)
+    for step, value in enumerate((0.5, float("nan"), 0.5, float("nan"))):
+        progress.step = step
+        progress.record({metric: value}, metric)
+    assert progress.best == Best(2, metric, 0.5)
+    assert progress.stale_evaluations == 1
 
 
 def test_early_stopping_ends_after_so_many_evaluations_without_improvement(tmp_path: Path) -> None:

@@ -34,6 +34,16 @@ def test_a_step_is_adamw_in_float64_and_vectors_do_not_decay() -> None:
         torch.testing.assert_close(trainable[name].detach(), expected.float())
 
 
+def test_what_is_named_does_not_decay_though_it_is_a_matrix() -> None:
+    trainable = two_parameters()
+    before = trainable["matrix"].detach().clone()
+    settings = TrainSettings(weight_decay=0.1)
+    optimizer = build_optimizer(trainable, settings, learning_rate=0.1, undecayed={"matrix"})
+    trainable["matrix"].grad = torch.zeros_like(before)
+    optimizer.step()
+    assert torch.equal(trainable["matrix"], before)
+
+
 def test_fused_steps_are_those_of_the_plain_loop() -> None:
     ours, plain = two_parameters(), two_parameters()
     settings = TrainSettings(weight_decay=0.0)

@@ -87,3 +87,4 @@ def test_warmup_is_given_in_steps_or_as_a_fraction(warmup: float, steps: int) ->
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
 def test_a_single_step_has_a_rate(schedule: Any) -> None:
     assert factor(TrainSettings(schedule=schedule, warmup=0), 0, 1) == 1.0
+    assert factor(TrainSettings(schedule=schedule, warmup=0.03), 0, 1) == 1.0

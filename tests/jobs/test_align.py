@@ -9,16 +9,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from tiny import tiny_tokenizer
+from tunesmith.data.settings import Source
 from tunesmith.errors import SpecError, TrainingError
 from tunesmith.jobs.align import align, judging_of
-from tunesmith.jobs.align_judge import win_rate
+from tunesmith.jobs.align_judge import Policy, verdict_of, win_rate
 from tunesmith.jobs.align_online import best_and_worst
-from tunesmith.jobs.align_replies import Asked, seeds_of
+from tunesmith.jobs.align_replies import Asked, held_out_prompts, seeds_of
 from tunesmith.jobs.align_spec import load_alignment, merged
 from tunesmith.report.alignment import charts, render, sentences
 
@@ -290,6 +293,24 @@ def test_rounds_need_the_stage_that_scores_them(chain: dict[str, Any], tmp_path:
         load_alignment(written(chain, tmp_path))
 
 
+def test_what_is_common_to_all_stages_counts_as_each_ones_own(
+    chain: dict[str, Any], tmp_path: Path
+) -> None:
+    """A reward said once for several policies is waited for, and cannot be their judge."""
+    rewards = [{"kind": "run", "path": "${scorer.directory}"}]
+    chain["common"]["objective"] = {"name": "grpo", "rewards": rewards}
+    chain["stages"] = [
+        {"name": "scorer", "run": {"objective": {"name": "reward"}}},
+        {"name": "one"},
+        {"name": "two", "run": {"seed": 1}},
+    ]
+    alignment = load_alignment(written(chain, tmp_path))
+    assert [alignment.needs(stage) for stage in alignment.stages] == [[], ["scorer"], ["scorer"]]
+    judge = {"judge": "scorer", "judged": {"prompts": [{"path": "x"}]}}
+    with pytest.raises(SpecError, match="is a reward that a stage is trained against"):
+        load_alignment(written(chain | judge, tmp_path))
+
+
 def test_settings_over_others_replace_what_is_of_another_kind() -> None:
     common = {"method": {"name": "lora", "rank": 4}, "train": {"epochs": 1, "warmup": 2}}
     over = {"method": {"name": "ia3"}, "train": {"epochs": 3}}
@@ -312,8 +333,29 @@ def test_ties_win_half() -> None:
     assert win_rate([1, 2, 3, 4], [0, 2, 5, 1]) == pytest.approx((1 + 0.5 + 0 + 1) / 4)
 
 
+@pytest.mark.parametrize(
+    ("row", "pairs"),
+    [
+        ({"answer": 2}, False),
+        ({"completion": "2"}, False),
+        ({"chosen": "yes", "rejected": "no"}, True),
+    ],
+    ids=str,
+)
+def test_rows_that_only_ask_can_be_judged_on(
+    tmp_path: Path, row: dict[str, Any], pairs: bool
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"Say {n}", **row}) for n in range(3)))
+    found = held_out_prompts([Source(path=str(file))], tiny_tokenizer(), 2)
+    assert [one.messages[0]["content"] for one in found] == ["Say 0", "Say 1"]
+    assert all((one.pair is not None) == pairs for one in found)
+
+
 def test_seeds_of_rows_differ() -> None:
     assert len({*seeds_of(3, 5), *seeds_of(3, 5, first=5), *seeds_of(4, 5)}) == 15
+    large = seeds_of(3_000_000_000, 5)
+    assert torch.tensor(large).unique().numel() == 5
 
 
 def verdict(name: str, reward: float, **more: Any) -> dict[str, Any]:
@@ -348,6 +390,28 @@ def test_the_report_says_what_went_wrong() -> None:
     assert "&lt;b&gt;chain" in page
     assert all(f">{name}<" in page for name in ("start", "step 5", "end"))
     assert "prefers the better of a pair" not in page  # of which nothing is known here
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "by_chance"),
+    [
+        # Prompts differ a lot, and each reply is better by a little: no luck.
+        ([0.0, 5.0, 10.0, 15.0] * 8, [0.1, 5.1, 10.1, 15.1] * 8, False),
+        # The mean before lies beside the interval of the mean after; the leads say nothing.
+        ([0.0, 4.5] * 8, [3.0, 3.1] * 8, True),
+    ],
+)
+def test_policies_are_compared_on_the_same_prompts(
+    before: list[float], after: list[float], by_chance: bool
+) -> None:
+    replies = ["a b", "c d"] * (len(after) // 2)
+    found = {"rewards": after, "replies": replies, "lengths": [2], "ended": [True]}
+    dpo = verdict_of(Policy("dpo", Path()), found | {"divergences": None}, {"sft": before})
+    verdicts = [
+        verdict("sft", float(np.mean(before))),
+        verdict("dpo", dpo.reward, low=dpo.low, high=dpo.high, won=dpo.won, ahead=dpo.ahead),
+    ]
+    assert ("within the interval of chance" in " ".join(sentences(verdicts))) == by_chance
 
 
 def test_the_course_is_that_of_the_policy_whose_checkpoints_were_judged() -> None:

@@ -35,8 +35,9 @@ from tunesmith.cli import main
 from tunesmith.engine.settings import CheckpointSettings
 from tunesmith.errors import DataError, SpecError
 from tunesmith.jobs.comparison_statistics import statistic_of
+from tunesmith.jobs.evaluate import evaluate
 from tunesmith.jobs.merge import merge
-from tunesmith.jobs.predict import predict
+from tunesmith.jobs.predict import predict, predict_file
 from tunesmith.methods.contract import Method
 
 METHODS: dict[str, tuple[Method, float]] = {
@@ -416,3 +417,71 @@ def test_rows_longer_than_the_positions_are_refused(tmp_path: Path, bases: Path)
     data = DataSettings(train=[Source(path=str(tmp_path / "rows.jsonl"))], max_length=200)
     with pytest.raises(SpecError, match="has positions for 80; use at most 80"):
         tunesmith.train(run_of(tmp_path, bases / "bert", data=data))
+
+
+def test_evaluation_rows_longer_than_the_positions_are_refused(tmp_path: Path, bases: Path) -> None:
+    long = write_rows(tmp_path / "long.jsonl", [{"text": "a" * 100, "label": "plain"}])
+    short = write_rows(tmp_path / "short.jsonl", marked_rows(8))
+    data = DataSettings(train=[Source(path=str(short))], evaluation=[Source(path=str(long))])
+    with pytest.raises(SpecError, match="has positions for 80; use at most 80"):
+        tunesmith.train(run_of(tmp_path, bases / "bert", data=data))
+
+
+def test_positions_behind_padding_and_those_of_a_prompt_hold_no_text(
+    tmp_path: Path, bases: Path
+) -> None:
+    rows = [{"text": "a" * 74, "label": c} for c in "xyxy"]  # 76 tokens
+    path = str(write_rows(tmp_path / "long.jsonl", rows))
+    run = run_of(tmp_path, bases / "roberta", method=PromptTuning(tokens=4))
+    run = run.model_copy(update={"data": DataSettings(train=[Source(path=path)])})
+    with pytest.raises(SpecError, match="has positions for 73; use at most 73"):
+        tunesmith.train(run)  # of 80 the first 3 stay empty, and 4 are taken
+
+
+def test_a_text_longer_than_the_positions_is_cut_by_predict_and_refused_by_eval(
+    tmp_path: Path, bases: Path
+) -> None:
+    data = DataSettings(train=[Source(path=str(tmp_path / "rows.jsonl"))])
+    train = TrainSettings(max_steps=1, batch_size=4)
+    run = run_of(tmp_path, bases / "bert", data=data, train=train)
+    directory = tunesmith.train(run).directory.path
+    whole, cut = predict(directory, ["#a" * 200, "#a" * 39])
+    assert whole.probabilities == pytest.approx(cut.probabilities, abs=1e-5)
+    long = write_rows(tmp_path / "long.jsonl", [{"text": "#a" * 200, "label": "marked"}])
+    with pytest.raises(SpecError, match="has positions for 80; use at most 80"):
+        evaluate(directory, data=str(long))
+
+
+@pytest.mark.parametrize("templates", [False, True])
+def test_a_file_is_predicted_as_the_runs_own_rows_are_read(
+    tmp_path: Path, bases: Path, templates: bool
+) -> None:
+    rows = [r | {"about": "#" * n} for n, r in enumerate(marked_rows(12))]
+    path = str(write_rows(tmp_path / "pairs.jsonl", rows))
+    source = (
+        Source(path=path, prompt="{about}: {text}", completion="{label}")
+        if templates
+        else Source(path=path, columns={"text_pair": "about"})
+    )
+    if not templates:
+        rows[0]["about"] = "-"
+        write_rows(tmp_path / "pairs.jsonl", rows)
+    data = DataSettings(train=[source], evaluation=[source], max_length=64)
+    result = tunesmith.train(
+        run_of(tmp_path, bases / "bert", data=data, evaluation=EvaluationSettings(samples=12))
+    )
+    samples = json.loads(result.directory.samples.read_text())
+    predictions = predict_file(result.directory.path, path)
+    said = [f"{p.said} ({max(p.probabilities.values()):.2f})" for p in predictions]
+    assert said == [sample["after"] for sample in samples]
+
+
+def test_a_file_without_the_second_text_is_refused(tmp_path: Path, bases: Path) -> None:
+    rows = [r | {"about": f"{n}"} for n, r in enumerate(marked_rows(12))]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    data = DataSettings(train=[Source(path=str(path), columns={"text_pair": "about"})])
+    train = TrainSettings(max_steps=1, batch_size=4)
+    result = tunesmith.train(run_of(tmp_path, bases / "bert", data=data, train=train))
+    plain = write_rows(tmp_path / "plain.jsonl", marked_rows(2))
+    with pytest.raises(DataError, match=r"plain.jsonl, row 1: has no column 'text_pair'"):
+        predict_file(result.directory.path, plain)

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from tunesmith.errors import SpecError
-from tunesmith.jobs.compare import compare, prepared, safe_rate
-from tunesmith.jobs.comparison_findings import standard_error
+from tunesmith.jobs.compare import compare, default_metric, prepared, safe_rate
+from tunesmith.jobs.comparison_findings import Row, findings_of, standard_error
 from tunesmith.jobs.comparison_runs import Trial
 from tunesmith.jobs.comparison_spec import comparison_from, load_comparison
 from tunesmith.jobs.features_spec import FeatureSettings
@@ -184,6 +184,7 @@ def test_a_budget_is_a_length_of_time(comparison_file: Path) -> None:
         ("methods=[lora,lora]", "two rows are called 'lora'"),
         ("variant=[]", "variant: is no setting; use one of name, output, run"),
         ("variants=[{methods: ia3}]", "is no setting; use one of name, method"),
+        ("variants=[{set: [train.batch_size=8]}]", "a row of the run's own method has no name"),
         ("seeds=0", "seeds"),
     ],
 )
@@ -192,6 +193,47 @@ def test_what_makes_no_comparison_is_refused(
 ) -> None:
     with pytest.raises(SpecError, match=message):
         load_comparison(comparison_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("objective", "metric"),
+    [
+        ("{name: classification}", "accuracy"),
+        ("{name: classification, kind: multi}", "loss"),
+        ("{name: classification, kind: regression}", "loss"),
+        ("{name: token_classification}", "loss"),
+    ],
+)
+def test_what_decides_is_measured_of_every_objective(
+    comparison_file: Path, objective: str, metric: str
+) -> None:
+    overrides = [f"run.objective={objective}", "run.evaluation={}"]
+    comparison = load_comparison(comparison_file, overrides)
+    assert default_metric(comparison.run_of(comparison.rows()[0], comparison_file)) == metric
+
+
+def test_a_rate_at_which_the_loss_is_no_number_is_left_out(comparison_file: Path) -> None:
+    overrides = [
+        "methods=[lora]",
+        "variants=[{name: wild, method: lora, set: [train.learning_rate=1e20]}]",
+        "seeds=1",
+        "run.train.warmup=0",
+    ]
+    comparison = load_comparison(comparison_file, overrides)
+    findings = compare(comparison, comparison_file, lambda line: None)
+    wild = next(row for row in findings.rows if row.name == "wild")
+    assert wild.failed == "loss is nan at every rate tried"
+    assert [row.name for row in findings.trained] == ["lora"]
+
+
+def test_a_row_with_a_seed_that_diverged_has_no_result(tmp_path: Path) -> None:
+    runs = [RunDirectory(tmp_path / name) for name in "ab"]
+    for run, loss in zip(runs, (0.5, float("nan")), strict=True):
+        run.path.mkdir()
+        run.summary.write_text(json.dumps({"after": {"loss": loss}}))
+    row = Row("lora", {}, None, {}, None, runs, None)
+    found = findings_of("job", "loss", [row]).rows
+    assert [row.failed for row in found] == ["loss is nan after training, with 1 of 2 seeds"]
 
 
 def test_an_unknown_method_is_refused_before_anything_runs(comparison_file: Path) -> None:

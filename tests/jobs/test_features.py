@@ -20,10 +20,11 @@ from tunesmith.cli import main
 from tunesmith.errors import CheckpointError, DataError, SetupError, SpecError
 from tunesmith.jobs.compare import compare
 from tunesmith.jobs.comparison_spec import load_comparison
+from tunesmith.jobs.evaluate import evaluate
 from tunesmith.jobs.features import FeatureResult, learn_from_features
 from tunesmith.jobs.features_classify import fit
 from tunesmith.jobs.features_spec import FeatureSettings, load_feature_file
-from tunesmith.jobs.predict import predict, texts_in
+from tunesmith.jobs.predict import predict, predict_file
 
 
 @pytest.fixture(scope="session")
@@ -344,7 +345,7 @@ def test_predictions_are_those_of_the_fitted_classifier(run_file: Path, classifi
 def test_the_evaluation_rows_are_predicted_as_they_were_measured(run_file: Path) -> None:
     few = write_rows(run_file.with_name("few.jsonl"), marked_rows(20, seed=3))
     result = learn(run_file, f"data.evaluation=[{{path: {few}}}]")
-    said = predict(result.directory.path, texts_in(few, result.directory.path))
+    said = predict_file(result.directory.path, few)
     kept = json.loads(result.directory.outcomes.read_text())["predictions"]["predicted"]
     assert [p.said for p in said] == [("marked", "plain")[index] for index in kept]
 
@@ -366,3 +367,15 @@ def test_the_page_of_features_shows_metrics_and_confusion(run_file: Path) -> Non
     page = learn(run_file).directory.report.read_text()
     for shown in ("method features", "Accuracy", "marked", "plain"):
         assert shown in page
+
+
+def test_a_text_longer_than_the_positions_is_cut(run_file: Path) -> None:
+    result = learn(run_file, "data.max_length=1024")
+    whole, cut = predict(result.directory.path, ["#a" * 200, "#a" * 39])
+    assert whole.probabilities == pytest.approx(cut.probabilities, abs=1e-6)
+
+
+def test_what_loads_a_model_says_that_features_have_none(run_file: Path) -> None:
+    result = learn(run_file)
+    with pytest.raises(SpecError, match=r"a run of features, .*`tunesmith predict` uses it"):
+        evaluate(result.directory.path)

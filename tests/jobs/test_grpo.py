@@ -129,6 +129,20 @@ def test_a_reward_that_fails_stops_the_run_or_counts_as_told(
         assert events(result.directory.path, "gathered")[0]["reward"] == 0.0
 
 
+def test_a_reward_that_cannot_be_used_leaves_an_earlier_run_alone(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    run = run_of(tmp_path, tiny_model)
+    run.directory.mkdir(parents=True)
+    earlier = [run.directory / "run.yaml", run.directory / "summary.json"]
+    for file in earlier:
+        file.write_text("{}")
+    (tmp_path / "reward.py").write_text("def odd(completions):\n    return [0.0]")
+    with pytest.raises(SpecError, match="must have the signature"):
+        tunesmith.train(run, overwrite=True)
+    assert sorted(run.directory.iterdir()) == earlier
+
+
 def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(SpecError, match="whole number of steps"):
         tunesmith.train(run_of(tmp_path, tiny_model, train={"batch_size": 5}))
@@ -136,3 +150,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, tiny_model
         tunesmith.train(run_of(tmp_path, tiny_model, data={"max_length": 8}), overwrite=True)
     with pytest.raises(TunesmithError, match="streaming"):
         tunesmith.train(run_of(tmp_path, tiny_model, data={"streaming": True}), overwrite=True)
+    rollout = {"replies": 12, "max_new_tokens": 6, "prompt_tokens": 4}
+    cut = run_of(tmp_path, tiny_model, objective={"rollout": rollout})
+    with pytest.raises(SpecError, match=r"begins with '<\|im_start\|>user.*chat_template: text"):
+        tunesmith.train(cut, overwrite=True)

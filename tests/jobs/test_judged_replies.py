@@ -1,6 +1,7 @@
 """Whole runs that learn from judged replies: reward models, preferences, what stands on them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,21 @@ import torch
 
 import tunesmith
 from pairs import pair_rows, run_of, write_rows
+from reply_runs import run_of as replies_of
 from tiny import CHATML, tiny_llama, tiny_tokenizer
 from tunesmith import DataSettings, LoRA, ModelSettings, Source, TrainSettings
+from tunesmith.engine.distribution import connect
 from tunesmith.errors import AdapterError, SpecError
+from tunesmith.jobs.assemble import assemble
 from tunesmith.jobs.base import base_name, load_base
 from tunesmith.jobs.predict import predict, predict_file
+from tunesmith.jobs.reward_roles import open_run_beside
+from tunesmith.jobs.reward_runs import open_reward_run
 from tunesmith.jobs.train import Result
 from tunesmith.methods.roles import RewardScorer, acting
 from tunesmith.objectives import Distillation, Preference, Reward
+from tunesmith.rewards.contract import Scored
+from tunesmith.rewards.run import RunReward
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -97,6 +105,33 @@ def test_a_scorer_beside_a_policy_gives_the_reward_runs_rewards(
         off = tuned.model(ids).logits
     with tuned.disabled(), torch.no_grad():
         assert torch.equal(tuned.model(ids).logits, off)
+
+
+def test_a_reward_run_says_the_same_beside_a_policy_as_alone(
+    reward_run: Result, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Beside it too the reward is read at the end-of-turn, not at the line break behind it."""
+    run = replies_of(tmp_path, tiny_model)
+    assembled = assemble(run, connect(run.engine), lambda _: None)
+    asked = RunReward(path=str(reward_run.directory.path))
+    rows = [Scored("abc?", reply, {}) for reply in ("yes!!", "no", "")]
+    beside = open_run_beside(assembled)(asked)(rows)
+    assert beside == pytest.approx(open_reward_run(asked)(rows), abs=1e-5)
+    scorer = RewardScorer(policy(tiny_model), reward_run.directory.adapter, assembled.tokenizer)
+    empty = TEXTS[0].replace("yes!!", "")
+    assert beside == pytest.approx(scorer.score([*TEXTS, empty]), abs=1e-5)
+
+
+def test_a_reward_run_of_whole_weights_is_refused_beside_a_policy(
+    reward_run: Result, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = replies_of(tmp_path, tiny_model)
+    assembled = assemble(run, connect(run.engine), lambda _: None)
+    whole = tmp_path / "whole"
+    shutil.copytree(reward_run.directory.path, whole)
+    (whole / "adapter").rename(whole / "model")
+    with pytest.raises(SpecError, match=r"whole: this reward run tuned whole weights"):
+        open_run_beside(assembled)(RunReward(path=str(whole)))
 
 
 def test_a_reward_run_of_another_base_or_template_is_refused_with_both_names(

@@ -17,7 +17,8 @@ from tunesmith import (
     Source,
     TrainSettings,
 )
-from tunesmith.methods import MethodUnion
+from tunesmith.errors import SpecError
+from tunesmith.methods import DiffPruning, MethodUnion
 from tunesmith.methods.contract import Method
 
 SIZES = {
@@ -30,6 +31,18 @@ METHODS = {
     kind.model_fields["name"].default: kind(**SIZES.get(kind.model_fields["name"].default, {}))
     for kind in typing.get_args(typing.get_args(MethodUnion)[0])
 }
+
+
+def test_a_method_that_needs_its_last_phase_is_not_stopped_early(tmp_path: Path) -> None:
+    run = Run(
+        output=str(tmp_path),
+        method=DiffPruning(),
+        data=DataSettings(train=[Source(path="rows.jsonl")]),
+        train=TrainSettings(early_stopping=1),
+    )
+    with pytest.raises(SpecError, match=r"train.early_stopping: diff_pruning becomes sparse"):
+        tunesmith.train(run)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layout", ["free", "packed", "padded"])

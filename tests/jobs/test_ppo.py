@@ -74,6 +74,32 @@ def test_a_run_resumes_bit_for_bit_within_a_roll_out(
         assert [e[key] for e in events(one, kind)] == [e[key] for e in events(other, kind)]
 
 
+@pytest.mark.parametrize("scale", ["batch", "running"])
+def test_equal_scores_have_no_scale_and_stay_as_they_are(
+    tmp_path: Path, tiny_model: Path, scale: str
+) -> None:
+    """All replies wrong, or all right, is ordinary: divided by next to nothing they were 10,000.
+
+    The score -1 comes once a reply and values start at 0, so no return is beyond -1 (lambda 1) and
+    the value loss, half its square, not beyond 1/2.
+    """
+    objective = {
+        "rewards": [{"kind": "length", "free": 0, "limit": 1}],
+        "rollout": {"replies": 4, "max_new_tokens": 6},
+        "reward_scale": scale,
+        "missing_end_penalty": 0.0,
+        "reward_clip": None,
+        "kl_target": None,
+        "kl": 0.0,
+    }
+    run = ppo(tmp_path, tiny_model, objective=objective, train={"max_steps": 1})
+    result = tunesmith.train(run)
+    (gathered,) = events(result.directory.path, "gathered")
+    assert gathered["reward_std"] == 0.0
+    (step,) = events(result.directory.path, "step_done")
+    assert step["metrics"]["value_loss"] <= 0.5
+
+
 BROKEN = """
 from pathlib import Path
 

@@ -80,6 +80,16 @@ def test_correlations_are_scipys_with_ties() -> None:
     assert pearson(true, np.ones(40)) == 0.0
 
 
+@pytest.mark.parametrize("count", [3, 6, 7])
+def test_values_that_do_not_vary_have_no_correlation(count: int) -> None:
+    # The mean of equal numbers may differ from them by rounding: that is no spread.
+    assert pearson(np.full(count, 0.1), np.full(count, 0.7)) == 0.0
+
+
+def test_a_prediction_that_is_no_number_has_no_correlation_to_tell() -> None:
+    assert np.isnan(pearson(np.array([1.0, 2.0, 3.0]), np.array([1.0, np.nan, 3.0])))
+
+
 def test_resampled_intervals_are_near_scipys() -> None:
     random = np.random.default_rng(0)
     true = random.normal(size=80)

@@ -82,6 +82,27 @@ def test_rouge_l_of_chinese_counts_characters() -> None:
     assert rouge_l([CHINESE], [[CHINESE_BUT_ONE]]) == pytest.approx(5 / 6)
 
 
+def test_rouge_l_tells_words_apart_by_their_vowel_signs() -> None:
+    boy, girl, good = (
+        "\u0932\u0921\u093c\u0915\u093e",
+        "\u0932\u0921\u093c\u0915\u0940",
+        "\u0905\u091a\u094d\u091b\u093e",
+    )
+    assert rouge_l([boy], [[girl]]) == 0
+    # One word of two in common: precision = recall = F1 = 1/2.
+    assert rouge_l([f"{good} {boy}"], [[f"{good} {girl}"]]) == pytest.approx(1 / 2)
+
+
+def test_rouge_l_takes_an_accent_in_either_of_its_forms() -> None:
+    assert rouge_l(["re\u0301sume\u0301"], [["r\u00e9sum\u00e9"]]) == 1
+
+
+def test_rouge_l_of_thai_counts_letters_with_their_signs() -> None:
+    # Four letters, of which one has another vowel sign: precision = recall = F1 = 3/4.
+    reply, reference = "\u0e14\u0e35\u0e21\u0e32\u0e01", "\u0e14\u0e39\u0e21\u0e32\u0e01"
+    assert rouge_l([reply], [[reference]]) == pytest.approx(3 / 4)
+
+
 def test_rouge_l_of_cyrillic_counts_words() -> None:
     reply = "\u0434\u043e\u0431\u0440\u043e\u0435 \u0443\u0442\u0440\u043e"
     assert rouge_l([reply], [[reply.upper()]]) == 1

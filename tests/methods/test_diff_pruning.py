@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tiny import tiny_gpt2, tiny_llama
+from tunesmith.engine.optimizer import build_optimizer
+from tunesmith.engine.settings import TrainSettings
 from tunesmith.errors import AdapterError
 from tunesmith.methods import DiffPruning
 from tunesmith.methods.diff_pruning import Diff, Gated
@@ -221,6 +223,25 @@ def test_gates_learn_faster_than_weights() -> None:
         n.rpartition(".")[2]: tuned.attachments[0].learning_rate_scale(n) for n in tuned.trainable()
     }
     assert scales == {"w": 1.0, "alpha": 2000.0, "alpha_group": 2000.0}
+
+
+def test_weight_decay_leaves_fixed_places_open_and_shut() -> None:
+    tuned = attach(tiny_llama(), DiffPruning(sparsity=0.05))
+    tuned.attachments[0].project()
+    optimizer = build_optimizer(
+        tuned.trainable(),
+        TrainSettings(weight_decay=0.9),
+        learning_rate=5e-4,
+        scales=tuned.learning_rate_scales(),
+        undecayed=tuned.undecayed(),
+    )
+    for _ in range(8):
+        for parameter in tuned.trainable().values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    changes = [module for module in tuned.model.modules() if isinstance(module, Gated)]
+    assert changes
+    assert all(change.is_fixed() for change in changes)
 
 
 def test_a_weight_has_as_many_gates_as_elements() -> None:

@@ -286,6 +286,12 @@ def test_ia3_rescales_every_experts_own_activation(implementation: str) -> None:
     torch.testing.assert_close(got, expected.to(dtype), atol=2e-6, rtol=2e-6)
 
 
+def test_weight_decay_does_not_shut_the_experts_of_ia3() -> None:
+    tuned = attach(FAMILIES["mixtral"].make(), IA3())
+    assert any(factors.ndim > 1 for factors in tuned.trainable().values())
+    assert tuned.undecayed() == set(tuned.trainable())
+
+
 def test_ia3_reaches_the_shared_expert_and_the_dense_block() -> None:
     tuned = attach(model("qwen2_moe"), IA3())
     shapes = {n: tuple(p.shape) for n, p in tuned.trainable().items() if "self_attn" not in n}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tunesmith
 from classifiers import CONFIGS
 from tunesmith import IA3, Adapter, BitFit, Full, LastLayer, LoRA, PromptTuning, attach
-from tunesmith.errors import AdapterError
+from tunesmith.errors import AdapterError, MethodError
 from tunesmith.methods.contract import Method
 from tunesmith.methods.head import HeadAttachment
 from tunesmith.methods.tuned import TunedModel
@@ -210,3 +210,50 @@ def test_a_second_adapter_leaves_the_head_to_the_first() -> None:
     attach(tuned, LoRA(rank=2), name="two")
     heads = [p for p in tuned.parts if isinstance(p.attachment, HeadAttachment)]
     assert [part.name for part in heads] == ["one"]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> dict[str | None, torch.Tensor]:
+    """Logits of the base and of two adapters with a head each, which are saved by their names."""
+    found: dict[str | None, torch.Tensor] = {None: logits(classifier("llama"))}
+    for name, rank in (("one", 2), ("two", 4)):
+        tuned = trained(attach(classifier("llama"), LoRA(rank=rank), name=name))
+        found[name] = logits(tuned.model)
+        tuned.save(tmp_path / name)
+    return found
+
+
+def test_each_of_several_adapters_has_its_own_head(
+    tmp_path: Path, two: dict[str | None, torch.Tensor]
+) -> None:
+    tuned = tunesmith.load_adapter(classifier("llama"), tmp_path / "one", trainable=False)
+    tuned.load_adapter(None, tmp_path / "two", trainable=False)
+    for name in ("one", "two", "one", None, "two", "two", None, "one"):
+        tuned.use(name)
+        assert torch.equal(logits(tuned.model), two[name])
+    with pytest.raises(MethodError, match=r"score.weight, where only one of them can act"):
+        tuned.enable(True, "two")
+    assert torch.equal(logits(tuned.model), two["one"])
+    tuned.save(tmp_path / "both")
+    again = tunesmith.load_adapter(tuned.detach(), tmp_path / "both", trainable=False)
+    assert torch.equal(logits(again.detach()), two[None])
+
+
+def test_a_head_comes_back_where_the_one_in_its_place_is_removed(
+    tmp_path: Path, two: dict[str | None, torch.Tensor]
+) -> None:
+    tuned = tunesmith.load_adapter(classifier("llama"), tmp_path / "one", trainable=False)
+    tuned.load_adapter("two", tmp_path / "two")
+    tuned.remove("two")
+    assert torch.equal(logits(tuned.model), two["one"])
+
+
+def test_a_new_head_starts_as_the_frozen_one_and_leaves_it_alone(
+    tmp_path: Path, two: dict[str | None, torch.Tensor]
+) -> None:
+    tuned = tunesmith.load_adapter(classifier("llama"), tmp_path / "one", trainable=False)
+    attach(tuned, LoRA(rank=1), name="new")
+    assert torch.equal(logits(tuned.model), two["one"])
+    trained(tuned)
+    tuned.use("one")
+    assert torch.equal(logits(tuned.model), two["one"])

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tiny import tiny_gpt2, tiny_llama
-from tunesmith.errors import AdapterError
+from tunesmith.errors import AdapterError, MethodError, ModelError
 from tunesmith.methods import LoRA
 from tunesmith.methods.storage import load_adapter
 from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.loading import load_model
+from tunesmith.models.output_head import output_head
 
 Trained = Callable[[TunedModel], TunedModel]
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -126,6 +127,34 @@ def test_peft_loads_parts_of_a_fused_projection_and_biases(
     tuned.save(tmp_path / "a")
     loaded = PeftModel.from_pretrained(tuned.detach(), tmp_path / "a").eval()
     torch.testing.assert_close(loaded(input_ids).logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_an_adapter_on_the_head_acts_and_is_never_read_past(
+    tied: bool, tmp_path: Path, input_ids: Tensor
+) -> None:
+    model = tiny_llama(tie_word_embeddings=tied)
+    settings = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(deepcopy(model), settings).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    expected = theirs(input_ids).logits
+    theirs.save_pretrained(tmp_path)
+    tuned = load_adapter(model, tmp_path, check_base=False)
+    assert torch.equal(tuned.model(input_ids).logits, expected)
+    with pytest.raises(ModelError, match=r"an adapter acts on the head of this LlamaForCausalLM"):
+        output_head(tuned.model)
+    with tuned.disabled():
+        assert output_head(tuned.model).weight is model.lm_head.weight
+    if tied:
+        with pytest.raises(MethodError, match=r"tied to model.embed_tokens.weight"):
+            tuned.merge()
+        assert torch.equal(tuned.model(input_ids).logits, expected)
+        return
+    with tuned.merged():
+        torch.testing.assert_close(tuned.model(input_ids).logits, expected)
 
 
 def test_a_peft_directory_holds_pefts_two_files_only(

@@ -197,6 +197,26 @@ def test_a_parameter_cannot_train_twice() -> None:
     assert len(tuned.parts) == 1
 
 
+def test_two_selections_of_the_same_weights_take_turns(trained: Trained, input_ids: Tensor) -> None:
+    tuned = trained(attach(tiny_llama(), LastLayer(), name="one"))
+    expected = {"one": tuned.model(input_ids).logits}
+    tuned.use(None)
+    tuned.freeze("one")
+    expected["two"] = trained(attach(tuned, LastLayer(), name="two")).model(input_ids).logits
+    for name in ("one", "two", "one"):
+        tuned.use(name)
+        assert torch.equal(tuned.model(input_ids).logits, expected[name])
+
+
+def test_a_selection_over_one_that_acts_is_refused(input_ids: Tensor, trained: Trained) -> None:
+    tuned = trained(attach(tiny_llama(), LastLayer(), name="one"))
+    before = tuned.model(input_ids).logits
+    tuned.freeze("one")
+    with pytest.raises(MethodError, match=r"'one' and 'two' both have values of their own"):
+        attach(tuned, LastLayer(), name="two")
+    assert torch.equal(tuned.model(input_ids).logits, before)
+
+
 def test_loading_into_switched_off_weights_is_refused() -> None:
     tuned = attach(tiny_llama(), Full())
     state = tuned.state_dict()

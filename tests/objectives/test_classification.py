@@ -94,6 +94,8 @@ def test_parts_of_a_batch_sum_to_the_whole(kind: str) -> None:
         ({"labels": ["a", "a"]}, "names a class twice"),
         ({"labels": ["a"]}, "at least 2 items"),
         ({"kind": "multi", "class_weights": "balanced"}, "are for kind single"),
+        ({"class_weights": {"a": -1.0}}, "greater than or equal to 0"),
+        ({"class_weights": {"a": float("nan")}}, "finite number"),
         ({"kind": "regression", "labels": ["a", "b"]}, "a regression has none"),
         ({"kind": "regression", "label_smoothing": 0.1}, "are for kind single"),
     ],

@@ -53,6 +53,12 @@ def test_a_comparison_of_failures_recommends_nothing() -> None:
     assert "this model has no biases" in render(findings)
 
 
+def test_a_row_alone_is_said_to_be_better_than_no_other() -> None:
+    said = recommendation(replace(FINDINGS, rows=[UNTUNED, BEST, FAILED]))
+    assert "No other row has a result to compare it with." in said
+    assert not any("worse beyond chance" in sentence for sentence in said)
+
+
 def test_every_row_of_the_table_has_every_column() -> None:
     for row in FINDINGS.rows:
         assert len(cells(FINDINGS, row)) == len(columns(FINDINGS)) - 1

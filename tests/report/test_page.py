@@ -312,6 +312,9 @@ def test_less_loss_and_more_of_anything_else_is_better() -> None:
     assert improved("loss", 2, 1)
     assert not improved("loss", 1, 2)
     assert improved("bleu", 1, 2)
+    assert improved("divergence", 2, 1)
+    assert improved("calibration_error", 0.2, 0.1)
+    assert improved("rejected_log_prob", -1, -2) is None
     assert improved("bleu", 1, 1) is None
     assert improved("bleu", None, 1) is None
 

@@ -29,6 +29,8 @@ def score(reply: str, settings: dict[str, Any], **columns: Any) -> float:
         ("1,234,567 and 1,2", ["1234567", "1", "2"]),
         ("\N{MINUS SIGN}3", ["-3"]),
         ("x2 v1.5", []),
+        ("it is .5, or -.25", ["0.5", "-0.25"]),
+        ("1.2.3 and ...5", ["1.2"]),
         ("2e3", ["2E+3"]),
         ("1e999999999", []),
         ("", []),
@@ -110,6 +112,17 @@ def test_a_column_that_is_no_schema_names_the_row() -> None:
         score("{}", {"kind": "json_schema"}, schema={"type": "thing"})
 
 
+@pytest.mark.parametrize("where", ["https://example.org/a", "#/$defs/b"])
+def test_a_schema_that_refers_to_what_is_not_there_is_an_error_of_the_row(where: str) -> None:
+    with pytest.raises(RewardError, match=rf"row 0: .*refers to .*{where[-1]}', which is not"):
+        score("{}", {"kind": "json_schema"}, schema={"$ref": where})
+
+
+def test_a_number_beyond_all_floats_is_no_multiple() -> None:
+    shape = {"properties": {"n": {"multipleOf": 0.1}}}
+    assert score('{"n": 1e999}', {"kind": "json_schema", "shape": shape}) == 0.0
+
+
 def test_the_last_block_counts_also_where_it_is_not_closed() -> None:
     assert last_fenced("```py\na\n```\n```\nb\n```") == "b"
     assert last_fenced("```py\na = 1") == "a = 1"
@@ -143,6 +156,25 @@ def test_countdown_computes_exactly_and_refuses_what_is_long() -> None:
 def test_a_missing_column_is_an_error_that_names_those_there_are() -> None:
     with pytest.raises(RewardError, match=r"row 0: .*'answer'; .*are: result"):
         score("1", {"kind": "number"}, result=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "why"),
+    [
+        ("exact", {"answer": None}, "'answer' is null"),
+        ("number", {"answer": None}, "'answer' is null"),
+        ("json_schema", {"schema": None}, "'schema' is null"),
+        ("countdown", {"numbers": None, "target": 7}, "'numbers' is null"),
+        ("countdown", {"numbers": "[3, 4]", "target": 7}, "'numbers' is .*list of numbers"),
+        ("countdown", {"numbers": [3, None], "target": 7}, "'numbers' is .*list of numbers"),
+    ],
+)
+def test_a_column_that_says_nothing_is_an_error_of_the_row(
+    kind: str, columns: dict[str, Any], why: str
+) -> None:
+    """Null in particular: it is neither the text None nor a reason to end without a word."""
+    with pytest.raises(RewardError, match=f"row 0: .*{why}"):
+        score("None", {"kind": kind}, **columns)
 
 
 def test_an_answer_without_a_number_is_an_error_of_the_row() -> None:

@@ -1,5 +1,7 @@
 """Reward functions in a Python file: what they get, and every way in which they can go wrong."""
 
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,12 @@ def test_a_function_gets_prompts_replies_and_columns_and_may_print(tmp_path: Pat
     )
     path = reward_file(tmp_path, body, "prompts, replies, answer")
     assert build_reward(FileReward(path=path))(ROWS) == [6.0, 8.0]
+
+
+def test_columns_that_json_does_not_know_come_as_text(tmp_path: Path) -> None:
+    path = reward_file(tmp_path, "return [len(d) for d in day]", "prompts, replies, day, price")
+    row = Scored("", "", {"day": date(2024, 5, 1), "price": Decimal("1.50")})
+    assert build_reward(FileReward(path=path))([row]) == [len("2024-05-01")]
 
 
 def test_a_large_batch_goes_through(tmp_path: Path) -> None:

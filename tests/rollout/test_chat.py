@@ -70,7 +70,7 @@ def test_sampling_among_one_token_is_greedy(narrow: dict[str, float]) -> None:
     stream: Callable[..., object] = lambda **how: "".join(  # noqa: E731
         stream_reply(model, tokenizer, MESSAGES, max_new_tokens=20, **how)
     )
-    assert stream(temperature=2.0, **narrow) == stream()
+    assert stream(temperature=2.0, **narrow) == stream(temperature=2, **narrow) == stream()
 
 
 def test_sampling_depends_on_the_seed_alone() -> None:

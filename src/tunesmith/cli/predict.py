@@ -16,7 +16,10 @@ def predict(
         list[str] | None, typer.Option(help="A text to classify; may be given several times.")
     ] = None,
     file: Annotated[
-        str | None, typer.Option(help="A file of texts: one a line, or with a column text.")
+        str | None,
+        typer.Option(
+            help="A file of texts: one a line, or with the columns of the run's own rows."
+        ),
     ] = None,
     *,
     as_json: Annotated[

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tunesmith.data.conversation import as_text, conversation, message
+from tunesmith.data.conversation import Conversation, as_text, conversation, message
 from tunesmith.data.converted import converted
 from tunesmith.data.corpus import hold_out
-from tunesmith.data.formats import fill, layout_of, renamed
+from tunesmith.data.formats import Layout, fill, layout_of, renamed
 from tunesmith.data.mixing import epoch_counts, epoch_order
+from tunesmith.data.pairs_rows import replies_of
 from tunesmith.data.prepare import PreparedData
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RawRow
@@ -158,8 +159,8 @@ def prepare_asked(
 ) -> AskedData:
     """Return the prompts of a run: read, rendered, tokenised, and those too long left out.
 
-    A row is a conversation up to its last assistant's turn, or has a column `prompt`, or what
-    `data.train[].prompt` makes of its columns.
+    A row has a column `prompt` or is a conversation, of which a reply at its end is left off, or
+    asks what `data.train[].prompt` makes of its columns.
 
     Args:
         settings: the `data` part of a run file.
@@ -218,7 +219,7 @@ class _Reader:
     def _source(self, located: Located) -> tuple[list[Asked], SourceReport]:
         reading = Reading(located.name, "prompts")
         on_bad_row = self.settings.on_bad_row
-        row = partial(self._row, located)
+        row = partial(self._row, TurnsAsked(located))
         every = list(converted(located, row, on_bad_row=on_bad_row, reading=reading))
         rows = [asked for asked in every if len(asked.input_ids) <= self.longest]
         report = SourceReport(
@@ -231,9 +232,9 @@ class _Reader:
         )
         return rows, report
 
-    def _row(self, located: Located, raw: RawRow) -> Asked:
-        messages = list(turns_asked(located, raw.values))
-        ids = self.renderer.asked(conversation(messages))
+    def _row(self, asking: TurnsAsked, raw: RawRow) -> Asked:
+        asked = asking(raw.values)
+        messages, ids = list(asked.messages), self.renderer.asked(asked)
         if self.prompt_tokens is not None:
             ids = ids[: self.prompt_tokens]
             said = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
@@ -241,35 +242,59 @@ class _Reader:
         return Asked(ids, messages, dict(raw.values))
 
 
-def turns_asked(located: Located, values: Values) -> Iterator[Values]:
-    """Yield the turns of a row before the reply, the system's first where there is one.
+class TurnsAsked:
+    """Says what the rows of a source ask: the turns before the reply."""
 
-    Raises:
-        DataError: nothing is asked.
-    """
-    source = located.source
-    if source.prompt is not None:
-        turns: list[Values] = [{"role": "user", "content": fill(source.prompt, values)}]
-    else:
+    def __init__(self, located: Located) -> None:
+        """Take the source, whose layout is looked up once a row needs it."""
+        self._located = located
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return layout_of(self._located)
+
+    def __call__(self, values: Values) -> Conversation:
+        """Return the turns before a row's reply, the system's first where there is one.
+
+        A row may end with what is asked, or with a reply, which is left off.
+
+        Raises:
+            DataError: nothing is asked.
+        """
+        whole = self._whole(values)
+        replied = bool(whole.messages) and whole.messages[-1]["role"] == "assistant"
+        asked = whole.messages[:-1] if replied else whole.messages
+        if not asked:
+            raise DataError(
+                f"asks nothing: it has neither a `prompt` nor a turn before the assistant's; its "
+                f"columns are {', '.join(values)}"
+            )
+        return replace(whole, messages=asked)
+
+    def _whole(self, values: Values) -> Conversation:
+        """Return what is asked, also with a reply behind it."""
+        source = self._located.source
+        if source.prompt is not None:
+            return self._said([{"role": "user", "content": fill(source.prompt, values)}], {})
         row = renamed(values, source.columns)
+        if row.get("chosen") is not None and row.get("rejected") is not None:
+            return replies_of(row, source)[0]
         if "prompt" in row and not isinstance(row["prompt"], list):
-            turns = [{"role": "user", "content": as_text(row["prompt"], "'prompt'")}]
-        elif isinstance(given := row.get("prompt", row.get("messages")), list):
+            content = as_text(row["prompt"], "'prompt'")
+            return self._said([{"role": "user", "content": content}], row)
+        if isinstance(given := row.get("prompt", row.get("messages")), list):
             turns = [
                 message(turn, number, role_key="role", content_key="content")
                 for number, turn in enumerate(given, start=1)
             ]
-        else:
-            sample = layout_of(located).convert(values)
-            turns = [dict(turn) for turn in getattr(sample, "messages", ())]
-    asked = conversation(turns, system=source.system)
-    before = asked.messages[: asked.reply_at]
-    if not before:
-        raise DataError(
-            f"asks nothing: it has neither a `prompt` nor a turn before the assistant's; its "
-            f"columns are {', '.join(values)}"
-        )
-    yield from before
+            return self._said(turns, row)
+        sample = self._layout.convert(values)
+        return sample if isinstance(sample, Conversation) else Conversation(())
+
+    def _said(self, turns: list[Values], row: Values) -> Conversation:
+        own = row.get("system")
+        system = as_text(own, "'system'") if own else self._located.source.system
+        return conversation(turns, tools=row.get("tools"), system=system)
 
 
 def _hash(row: Asked) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -177,9 +178,11 @@ def found_classes(read: Sequence[tuple[Sequence[Example], Reading]], kind: Kind)
 
 def _number_or_name(label: str) -> tuple[float, str]:
     try:
-        return float(label), label
+        number = float(label)
     except ValueError:
-        return float("inf"), label
+        number = math.nan
+    # The word "nan" is a name: as a number it is neither before nor behind any other.
+    return (math.inf if math.isnan(number) else number), label
 
 
 def require_known(examples: Sequence[Example], classes: Sequence[str], source: str) -> None:

@@ -140,6 +140,7 @@ def message(turn: JSON, number: int, *, role_key: str, content_key: str) -> Valu
         raise DataError(f"{where} ({given}) has no '{content_key}'")
     result: Values = {"role": ROLES[given], "content": _content(content, where)}
     result |= {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+    check_text(json.dumps([result, calls], ensure_ascii=False, default=str), where)
     if turn.get("weight") == 0:
         result["weight"] = 0
     return result | ({"tool_calls": calls} if calls else {})
@@ -194,6 +195,7 @@ def tool_definitions(tools: JSON) -> tuple[Values, ...] | None:
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise DataError(f"'tools' holds a tool without a name: {_short(tool)}")
         found.append({"type": "function", "function": inner})
+    check_text(json.dumps(found, ensure_ascii=False, default=str), "'tools'")
     return tuple(found) or None
 
 

@@ -21,6 +21,8 @@ from tunesmith.types import JSON
 
 BOM: Final = b"\xef\xbb\xbf"
 PARQUET_BATCH: Final = 256
+_FREE: Final = {"arguments", "parameters"}
+"""Keys of tool calls and tool definitions under which every tool has keys of its own."""
 LONGEST_FIELD: Final = 1 << 26
 """Bytes a CSV field may have; csv's own limit of 128 KiB is short for documents."""
 
@@ -227,8 +229,29 @@ def read_parquet(path: Path, offset: int = 0, row: int = 0) -> Iterator[FileRow]
 def _group_rows(file: Any, group: int, skip: int) -> Iterator[JSON]:
     for batch in file.iter_batches(PARQUET_BATCH, row_groups=[group]):
         if skip < batch.num_rows:
-            yield from batch.slice(skip).to_pylist()
+            yield from map(without_padding, batch.slice(skip).to_pylist())
         skip = max(0, skip - batch.num_rows)
+
+
+def without_padding(value: JSON, *, free: bool = False) -> JSON:
+    """Return a value of an Arrow table without the keys that its tool calls never had.
+
+    A struct of Arrow has the keys of all rows, so that each call comes with the arguments of every
+    tool, and each tool with the parameters of all others, those that are not its own as null.
+
+    Args:
+        value: a row, or a part of one.
+        free: whether it lies in arguments or parameters, whose keys differ from row to row.
+    """
+    if isinstance(value, list):
+        return [without_padding(item, free=free) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: without_padding(item, free=free or key in _FREE)
+        for key, item in value.items()
+        if item is not None or not free
+    }
 
 
 READERS: Final[dict[str, Reader]] = {
@@ -245,10 +268,15 @@ READERS: Final[dict[str, Reader]] = {
 
 def reader_of(path: Path) -> Reader | None:
     """Return the reader for a file's suffix, or None where nobody knows it."""
+    return READERS.get(kind_of(path))
+
+
+def kind_of(path: Path) -> str:
+    """Return the suffix that says how a file is read; empty where it has none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"] and suffixes[-2:-1] != [".parquet"]:
         suffixes.pop()
-    return READERS.get(suffixes[-1]) if suffixes else None
+    return suffixes[-1] if suffixes else ""
 
 
 def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:

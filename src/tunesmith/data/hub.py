@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tunesmith.data.files import FileRow
+from tunesmith.data.files import FileRow, without_padding
 from tunesmith.data.settings import Source
 from tunesmith.errors import DataError
 
@@ -18,7 +18,7 @@ def read_hub(source: Source, row: int = 0, *, streaming: bool = False) -> Iterat
     """
     rows = _load(source, streaming=streaming)
     for number, values in enumerate(rows.skip(row), start=row + 1):
-        yield FileRow(number, number, values)
+        yield FileRow(number, number, without_padding(values))
 
 
 def fingerprint(source: Source) -> str:

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.errors import DataError
+
 
 def epoch_counts(
     sizes: Sequence[int], weights: Sequence[float], mixing: Literal["concatenate", "weighted"]
@@ -17,9 +19,18 @@ def epoch_counts(
     concatenate: every sample once. weighted: the largest source (the first of equals) gives each
     sample once, and source i gives round(n_largest * w_i / w_largest), at least one, so that the
     shares are those of the weights; smaller sources repeat.
+
+    Raises:
+        DataError: a source that is to have a share has no samples.
     """
     if mixing == "concatenate" or len(sizes) == 1:
         return list(sizes)
+    if 0 in sizes:
+        raise DataError(
+            f"data.mixing: weighted: source {sizes.index(0) + 1} of data.train has no samples left "
+            "to repeat, since all of them are held out or dropped; use mixing: concatenate, leave "
+            "the source out, or hold out fewer"
+        )
     largest = max(range(len(sizes)), key=lambda source: sizes[source])
     unit = sizes[largest] / weights[largest]
     return [max(1, round(unit * weight)) for weight in weights]
@@ -52,6 +63,8 @@ def _drawn(
     size: int, count: int, *, seed: tuple[int, int], epoch: int, shuffle: bool
 ) -> NDArray[np.int64]:
     """Return the draws [epoch * count, (epoch + 1) * count) of a source's endless sequence."""
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
     first, stop = epoch * count, (epoch + 1) * count
     rounds = range(first // size, -(-stop // size))
     whole = np.arange(size, dtype=np.int64)

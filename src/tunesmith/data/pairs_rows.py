@@ -119,7 +119,14 @@ def judged_of(row: Values, judgement: Judgement, source: Source, *, place: str) 
     if judgement == "labels" and not ("chosen" in row and "rejected" in row):
         label = _first(row, _LABELS, judgement)
         return Judged((_single(row, source, judgement),), place, good=_flag(label))
-    return _compared(row, source, place)
+    found = _compared(row, source, place)
+    if "chosen" in row and found.scores and found.scores[0] < found.scores[1]:
+        better, worse = found.scores
+        raise DataError(
+            f"'rejected' scores {worse:g} and 'chosen' {better:g}, so its columns and its scores "
+            "disagree about which reply is the better one"
+        )
+    return found
 
 
 def replies_of(row: Values, source: Source) -> list[Conversation]:

@@ -31,6 +31,7 @@ from tunesmith.data.rows import Prompt, TokenRow, Values
 from tunesmith.errors import DataError
 
 _MARKERS: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THINKING: Final = re.compile(r"</?think(?:ing)?>")
 _NO_END: Final = (
     "the chat template writes no end-of-turn token after the assistant's turn, so the model could "
     "not learn to stop; set `model.chat_template: chatml`, or mend the template"
@@ -102,15 +103,9 @@ class Renderer:
         encoded = self._encode(text)
         mask = np.zeros(len(encoded.ids), bool)
         turns = assistant_turns(sample.messages)
-        silent = [turn.get("weight") == 0 for turn in turns]
-        if any(silent) and len(spans) != len(turns):
-            raise DataError(
-                f"the chat template marks {len(spans)} runs for {len(turns)} assistant turns, so a "
-                "turn of weight 0 cannot be told apart; mend the template"
-            )
         if any(m["content"] or m.get("tool_calls") for m in turns):
-            for number, span in enumerate(spans):
-                mask[self._run(encoded, span)] = not (any(silent) and silent[number])
+            for span in spans:
+                mask[self._run(encoded, span)] = True
         return TokenRow(encoded.ids, mask, (len(encoded.ids),))
 
     def prompt(self, sample: Sample) -> Prompt | None:
@@ -123,15 +118,37 @@ class Renderer:
         text = self._render(sample, before, header=True)
         reference = str(reply["content"])
         if reply.get("tool_calls"):
-            whole, spans = self._spans(sample)
+            said = {key: value for key, value in reply.items() if key != "weight"}
+            whole, spans = self._spans(replace(sample, messages=(*before, said)))
             encoded = self._encode(whole)
-            run = self._run(encoded, spans[-1])
-            closing = encoded.starts[run.stop - 1]
-            reference = whole[spans[-1].start : closing].strip()
+            # Without special tokens, as the model's own replies are read: Mistral's calls begin
+            # with one.
+            ids = encoded.ids[self._run(encoded, spans[-1])].tolist()
+            reference = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         return Prompt(self._encode(text).ids.tolist(), [reference], list(before))
 
+    def reply(self, text: str) -> list[int]:
+        """Return the tokens that `text` is learned as where it is a reply, the turn's end included.
+
+        They are not always those of the text alone: many tokenizers write a first word as if a
+        space stood before it, and some templates put words of their own before a reply.
+
+        Raises:
+            DataError: the template leaves it out, or writes no end of the turn.
+        """
+        asked: Values = {"role": "user", "content": "?"}
+        row = self.row(Conversation((asked, {"role": "assistant", "content": text})))
+        ids: list[int] = row.input_ids[row.supervised].tolist()
+        return ids
+
     def asked(self, sample: Conversation) -> list[int]:
-        """Return the tokens of all turns, with the header of the assistant's turn to come."""
+        """Return the tokens of all turns, with the header of the assistant's turn to come.
+
+        Raises:
+            DataError: the template cannot render them, or leaves tools or tool calls out.
+        """
+        if sample.tools or any(message.get("tool_calls") for message in sample.messages):
+            self._check_tools(sample, self._render(sample, sample.messages))
         text = self._render(sample, sample.messages, header=True)
         ids: list[int] = self._encode(text).ids.tolist()
         return ids
@@ -191,32 +208,43 @@ class Renderer:
         )
 
     def _spans(self, sample: Conversation) -> tuple[str, list[Span]]:
-        """Return the rendered conversation and the characters of each assistant turn in it."""
+        """Return the rendered conversation and the characters of each turn that is learned."""
         marked = _MARKERS.search(self._template(sample)) is not None
         text, spans = self._rendered(sample, sample.messages, marked=marked)
         self._check_tools(sample, text)
+        _check_words(sample, text)
         if not marked:
             return text, self._spans_by_prefix(sample, text)
-        turns = len(assistant_turns(sample.messages))
-        if len(spans) < turns:
+        silent = [turn.get("weight") == 0 for turn in assistant_turns(sample.messages)]
+        if len(spans) < len(silent):
             raise DataError(
-                f"the chat template marks only {len(spans)} of the row's {turns} assistant turns "
-                "with {% generation %}; mend the template, or remove all markers from it"
+                f"the chat template marks only {len(spans)} of the row's {len(silent)} assistant "
+                "turns with {% generation %}; mend the template, or remove all markers from it"
             )
-        return text, spans
+        if not any(silent):
+            return text, spans
+        if len(spans) != len(silent):
+            raise DataError(
+                f"the chat template marks {len(spans)} runs for {len(silent)} assistant turns, so "
+                "a turn of weight 0 cannot be told apart; mend the template"
+            )
+        return text, [span for span, quiet in zip(spans, silent, strict=True) if not quiet]
 
     def _spans_by_prefix(self, sample: Conversation, text: str) -> list[Span]:
-        """Find assistant turns by rendering the conversation up to and including each."""
+        """Find the learned turns by rendering the conversation up to and including each.
+
+        One of weight 0 is not looked for: a template may write it otherwise than a last turn.
+        """
         spans = []
         for index, message in enumerate(sample.messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
             start = self._start(sample, index, text)
             upto = self._render(sample, sample.messages[: index + 1])
             stop = _common(text, upto)
             # Some templates close the whole conversation with one more token; that is no rewriting.
-            said = str(message["content"]).strip()
-            if stop <= start or (stop < len(upto) and said not in text[start:stop]):
+            whole = all(words in text[start:stop] for words in _said(message))
+            if stop <= start or (stop < len(upto) and not whole):
                 raise _rewritten(index)
             spans.append(Span(start, stop))
         return spans
@@ -243,7 +271,8 @@ class Renderer:
         Raises:
             DataError: they are no run, do not cover the turn, or nothing ends the turn.
         """
-        start, stop = span.start, self._whole_tokens(encoded, span.stop)
+        start = self._behind_header(encoded, span.start)
+        stop = self._whole_tokens(encoded, span.stop)
         inside = (encoded.starts < stop) & (encoded.ends > start)
         # Tokenizers that trim offsets give a token of white space the width 0.
         inside |= (
@@ -262,6 +291,17 @@ class Renderer:
                 f"{start} to {stop}, so no mask can be made"
             )
         return slice(first, self._end_of_turn(encoded, first, last) + 1)
+
+    def _behind_header(self, encoded: Encoded, start: int) -> int:
+        """Return `start`, or the end of the header's token where it reaches over white space there.
+
+        Phi-3's `<|assistant|>` takes in all white space behind it, the reply's own too.
+        """
+        token = int(np.searchsorted(encoded.starts, start)) - 1
+        if token < 0 or encoded.ids[token] not in self._special:
+            return start
+        end = int(encoded.ends[token])
+        return end if end > start and not encoded.text[start:end].strip() else start
 
     def _whole_tokens(self, encoded: Encoded, stop: int) -> int:
         """Return `stop`, or the start of the special token that it lies in.
@@ -322,6 +362,40 @@ class Renderer:
             )
 
 
+def _check_words(sample: Conversation, text: str) -> None:
+    """Raise if the template leaves out a system turn, or words that are to be learned.
+
+    Thinking before an earlier reply may go: templates drop it as the model will find it dropped.
+    """
+    for index, message in enumerate(sample.messages):
+        learned = message["role"] == "assistant" and message.get("weight") != 0
+        *thoughts, said = _THINKING.split(str(message["content"]))
+        wanted = {"a reply's text": [said] if learned else []}
+        if index == sample.reply_at and learned:
+            thoughts += [str(message.get(key) or "") for key in ("reasoning_content", "thinking")]
+            wanted["the reply's thinking"] = thoughts
+        if message["role"] == "system":
+            wanted = {"the system turn": [str(message["content"])]}
+        lost = [(what, w) for what, words in wanted.items() for w in words if not _holds(text, w)]
+        if lost:
+            what, words = lost[0]
+            raise DataError(
+                f"the chat template leaves out {what} ({words.strip()[:40]!r}), so the model would "
+                "not see it; use a `model.chat_template` that writes it, or take it out of the row"
+            )
+
+
+def _holds(text: str, words: str) -> bool:
+    """Return whether a text holds words, whatever white space a template puts around them."""
+    return words.strip() in text or "".join(words.split()) in "".join(text.split())
+
+
+def _said(message: Values) -> list[str]:
+    """Return what a turn shows wherever it is written: its text, or the names of what it calls."""
+    calls: Any = message.get("tool_calls") or []
+    return [str(message["content"]).strip(), *(call["function"]["name"] for call in calls)]
+
+
 def _without_calls(message: Values) -> Values:
     return {key: value for key, value in message.items() if key != "tool_calls"}
 
@@ -347,5 +421,6 @@ def _rewritten(index: int) -> DataError:
     return DataError(
         f"the chat template rewrites turn {index + 1} once further turns follow (as templates do "
         "that drop earlier thinking), so what the model says there cannot be told apart; use a "
-        "template with {% generation %} markers (`model.chat_template`), or one reply a row"
+        "template with {% generation %} markers (`model.chat_template`), or one reply a row and "
+        "`weight: 0` at the turns before it"
     )

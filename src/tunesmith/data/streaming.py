@@ -75,7 +75,9 @@ class SampleReader:
 
     def at(self, places: Sequence[Place]) -> dict[Place, Held]:
         """Return the samples at some places of one turn, reading forward from the first."""
-        wanted = {place.start.total: place for place in places}
+        # From the very start the next row is the first that the source does not skip.
+        skip = self.located.source.skip
+        wanted = {max(place.start.total, skip): place for place in places}
         found: dict[Place, Held] = {}
         first = min(places, key=lambda place: place.start.total)
         for raw in read(self.located, first.start, streaming=True):

@@ -21,6 +21,7 @@ import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.data.files import kind_of
 from tunesmith.data.formats import Layout, bad, layout_of, stop_at
 from tunesmith.data.render import Renderer
 from tunesmith.data.render_pairs import renderer_for
@@ -31,7 +32,7 @@ from tunesmith.errors import DataError, SetupError
 
 logger = logging.getLogger(__name__)
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Part of the cache key: goes up when the same row would give other tokens."""
 BLOCK: Final = 500
 """Rows that one process tokenises before the next takes over."""
@@ -70,6 +71,8 @@ class Job:
         parts = {
             "version": [VERSION, transformers.__version__, tokenizers.__version__],
             "content": content_hash(self.located),
+            # The same bytes are other rows where they are read otherwise: JSONL as plain text.
+            "kinds": [kind_of(file) for file in self.located.files],
             "layout": self.layout.name,
             "source": source.model_dump(
                 include={"columns", "prompt", "completion", "system", "skip", "limit"}

@@ -155,7 +155,11 @@ def _begin(task: Task[R], train: TrainSettings, peers: Peers) -> Training[R]:
         task=task,
         trainable=trainable,
         optimizer=build_optimizer(
-            trainable, train, learning_rate=rate, scales=task.learning_rate_scales
+            trainable,
+            train,
+            learning_rate=rate,
+            scales=task.learning_rate_scales,
+            undecayed=task.undecayed,
         ),
         peers=peers,
         progress=Progress(train.batch_size),

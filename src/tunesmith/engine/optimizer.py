@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from tunesmith.errors import CheckpointError, SetupError, SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ def build_optimizer(
     *,
     learning_rate: float,
     scales: Mapping[str, float] | None = None,
+    undecayed: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """Return AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over `trainable`.
 
@@ -35,6 +36,7 @@ def build_optimizer(
         settings: which optimiser, and its settings.
         learning_rate: of the parameters whose scale is 1.
         scales: by which the learning rate of a parameter is multiplied; 1 where not given.
+        undecayed: names of matrices that do not decay either.
 
     Raises:
         SpecError: 8-bit state was asked for, and the parameters are sharded.
@@ -42,7 +44,7 @@ def build_optimizer(
     """
     groups = [
         group | {"lr": learning_rate * group["scale"]}
-        for group in _groups(trainable, settings.weight_decay, scales or {})
+        for group in _groups(trainable, settings.weight_decay, scales or {}, undecayed)
     ]
     if settings.optimizer == "adamw_8bit":
         if any(isinstance(parameter, DTensor) for parameter in trainable.values()):
@@ -61,12 +63,16 @@ def build_optimizer(
 
 
 def _groups(
-    trainable: Mapping[str, nn.Parameter], decay: float, scales: Mapping[str, float]
+    trainable: Mapping[str, nn.Parameter],
+    decay: float,
+    scales: Mapping[str, float],
+    undecayed: Collection[str],
 ) -> list[dict[str, Any]]:
     """Return the parameters by weight decay and learning rate scale: matrices, then vectors."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in sorted(trainable.items(), key=lambda item: item[1].ndim < 2):
-        key = (decay if parameter.ndim >= 2 else 0.0, scales.get(name, 1.0))
+        decays = parameter.ndim >= 2 and name not in undecayed
+        key = (decay if decays else 0.0, scales.get(name, 1.0))
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "scale": scale}

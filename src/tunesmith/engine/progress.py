@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from tunesmith.engine.step import StepResult
     from tunesmith.types import JSON
 
-LOWER_IS_BETTER = ("loss", "perplexity", "mse")
+LOWER_IS_BETTER = ("loss", "perplexity", "mse", "divergence", "error")
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Progress:
 
         Args:
             metrics: what was measured.
-            metric: the one that decides (evaluation.best); lower is better for losses and
-                perplexities, higher for all else.
+            metric: the one that decides (evaluation.best); lower is better for losses,
+                perplexities, divergences and errors, higher for all else.
 
         Raises:
             SpecError: `metric` was not measured.
@@ -66,7 +67,9 @@ class Progress:
             self.before = metrics
             return False
         value = metrics[metric]
-        if self.best is None or _better(value, self.best.value, metric):
+        # Nothing is better than a value that is no number, so it would stay the best for good.
+        is_number = not math.isnan(value)
+        if is_number and (self.best is None or _better(value, self.best.value, metric)):
             self.best, self.stale_evaluations = Best(self.step, metric, value), 0
             return True
         self.stale_evaluations += 1

@@ -10,9 +10,12 @@ if TYPE_CHECKING:
 
 
 def warmup_steps(settings: TrainSettings, total: int) -> int:
-    """Return the steps of the warm-up: given as such, or a fraction of `total`, rounded up."""
+    """Return the steps of the warm-up: given as such, or a fraction of `total`, rounded up.
+
+    A fraction leaves a step after it: a run of a single step would learn nothing, at rate 0.
+    """
     if settings.warmup < 1:
-        return math.ceil(settings.warmup * total)
+        return min(math.ceil(settings.warmup * total), total - 1)
     return int(settings.warmup)
 
 

@@ -33,7 +33,8 @@ class TrainSettings(Settings):
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """AdamW (fused where there is a fused one), or bitsandbytes' AdamW with 8-bit state."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay on matrices (vectors such as norms and biases are left alone)."""
+    """Decoupled weight decay on matrices (vectors such as norms and biases are left alone, and so
+    are a method's gates and factors)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)

@@ -63,6 +63,8 @@ class Task(Generic[R]):
     """Peak learning rate where train.learning_rate is not given."""
     learning_rate_scales: Mapping[str, float] = field(default_factory=dict)
     """By which the learning rate of a trainable is multiplied; 1 for those not named."""
+    undecayed: frozenset[str] = frozenset()
+    """Trainables that weight decay leaves alone though they are matrices: gates and factors."""
     block_modules: list[nn.Module] = field(default_factory=list)
     """The model's blocks: what FSDP gathers one after the other."""
     common: Callable[[Mapping[str, float]], Batch] | None = None

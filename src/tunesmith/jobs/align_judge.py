@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -103,13 +103,18 @@ def _replies(judging: Judging, policy: Policy) -> dict[str, Any]:
     asked, said = _ask(judging, policy)
     found = {
         "made": wanted,
-        "prompts": [{"messages": one.messages, "columns": one.columns} for one in asked],
+        "prompts": [{"messages": one.messages, "columns": _plain(one.columns)} for one in asked],
         **said._asdict(),
     }
     judging.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
     written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return written
+
+
+def _plain(columns: Mapping[str, Any]) -> Any:
+    """Return columns as JSON has them: dates and the like, as Parquet has them, are text there."""
+    return json.loads(json.dumps(columns, default=str))
 
 
 def _ask(judging: Judging, policy: Policy) -> tuple[list[Asked], Said]:
@@ -149,6 +154,9 @@ class Verdict:
     distinct_1: float | None
     distinct_2: float | None
     self_bleu: float
+    ahead: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % bootstrap interval of the mean lead in reward over each of those policies. On the same
+    prompts: how prompts differ from each other says nothing of who is better."""
     prefers: float | None = None
     """Where the rows are pairs: share of them whose better reply gained more log-probability than
     the worse one since its stage began, which is what preference losses ask for."""
@@ -166,14 +174,15 @@ def verdicts(judging: Judging) -> list[Verdict]:
         for policy in judging.policies
     }
     return [
-        _verdict(p, read[p.name], {name: read[name]["rewards"] for name in p.before})
+        verdict_of(p, read[p.name], {name: read[name]["rewards"] for name in p.before})
         for p in judging.policies
     ]
 
 
-def _verdict(
+def verdict_of(
     policy: Policy, found: Mapping[str, Any], others: Mapping[str, Sequence[float]]
 ) -> Verdict:
+    """Return what a policy's file says of it, beside the rewards of those that it came from."""
     rewards, replies = found["rewards"], found["replies"]
     interval = bootstrap_interval(rewards)
     divergences, gains, leads = found["divergences"], found.get("gains"), found.get("leads")
@@ -184,7 +193,11 @@ def _verdict(
         reward=float(np.mean(rewards)),
         low=interval.low,
         high=interval.high,
-        won={name: win_rate(found["rewards"], other) for name, other in others.items()},
+        won={name: win_rate(rewards, other) for name, other in others.items()},
+        ahead={
+            name: bootstrap_interval(np.subtract(rewards, other).tolist())
+            for name, other in others.items()
+        },
         kl=None if divergences is None else float(np.mean(divergences)),
         length=float(np.mean(found["lengths"])),
         ended=float(np.mean(found["ended"])),

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from tunesmith.data.settings import Source
 from tunesmith.errors import DataError, TrainingError
-from tunesmith.jobs.align_stages import Step, in_a_process, run_step
+from tunesmith.jobs.align_stages import Step, asked_before, in_a_process, run_step
 from tunesmith.jobs.run_directory import write_text
 
 if TYPE_CHECKING:
@@ -47,9 +49,11 @@ def run_rounds(run: Run, online: OnlineSettings, needs: tuple[Path, ...], say: S
         pairs = folder / f"pairs-{number}.jsonl"
         this = round_of(run, number, pairs)
         # What pairs depend on is the model that wrote them, which `needs` and the run tell.
-        asked = Step("", run, needs).to_text() + online.model_dump_json()
+        asked = Step("", run, needs).to_text() + yaml.safe_dump(
+            {"online": online.model_dump(mode="json")}, allow_unicode=True
+        )
         mark = pairs.with_suffix(".asked")
-        if not (pairs.is_file() and mark.is_file() and mark.read_text("utf-8") == asked):
+        if not (pairs.is_file() and asked_before(mark, asked)):
             say(f"{run.name}, round {number}: writing and scoring replies")
             mark.unlink(missing_ok=True)
             if in_a_process(write_pairs, run, this, (online, number), pairs) != 0:
@@ -93,7 +97,7 @@ def write_pairs(run: Run, this: Run, settings: tuple[OnlineSettings, int], pairs
     online, number = settings
     reward = build_reward(online.rewards, open_reward_run)
     asking = Asking.of(this)
-    prompts = held_out_prompts(run.data.train, asking.tokenizer, None)
+    prompts = held_out_prompts(run.data.train, asking.tokenizer, None, setting="data.train")
     first = (number - 1) * online.prompts
     asked = [prompts[at % len(prompts)] for at in range(first, first + online.prompts)]
     repeated = [one for one in asked for _ in range(online.samples)]
@@ -130,6 +134,7 @@ def best_and_worst(asked: Sequence[Asked], texts: Sequence[str], reward: Reward)
             pairs.append(
                 {
                     "messages": list(one.messages),
+                    **({"tools": list(one.tools)} if one.tools else {}),
                     "chosen": texts[best],
                     "rejected": texts[worst],
                 }

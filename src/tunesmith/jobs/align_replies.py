@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from tunesmith.data.asked import TurnsAsked
 from tunesmith.data.collate import Collator
-from tunesmith.data.conversation import Conversation
 from tunesmith.data.converted import all_converted
-from tunesmith.data.formats import Layout, layout_of, renamed
+from tunesmith.data.formats import renamed
 from tunesmith.data.pairs_rows import replies_of
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RawRow, TokenRow
@@ -53,6 +53,8 @@ class Asked(NamedTuple):
     input_ids: list[int]
     pair: tuple[TokenRow, TokenRow] | None = None
     """The row's better and worse reply, where it has both and they differ."""
+    tools: tuple[dict[str, Any], ...] | None = None
+    """The row's tools, as templates take them."""
 
     def scored(self, reply: str) -> Scored:
         """Return what a reward is asked of a reply."""
@@ -87,9 +89,13 @@ class Writing(NamedTuple):
 
 
 def held_out_prompts(
-    sources: Sequence[Source], tokenizer: PreTrainedTokenizerFast, limit: int | None
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerFast,
+    limit: int | None,
+    *,
+    setting: str = "judged.prompts",
 ) -> list[Asked]:
-    """Return the different prompts of the sources, in their order.
+    """Return the different prompts of the sources, in their order; `setting` is what names those.
 
     Raises:
         DataError: a row cannot be read or asks nothing, or there are fewer than two prompts.
@@ -100,24 +106,21 @@ def held_out_prompts(
         if len(different) == limit:
             break
     if len(different) < 2:
-        raise DataError(f"judged.prompts: found {len(different)} prompts; expected two or more")
+        raise DataError(f"{setting}: found {len(different)} prompts; expected two or more")
     return list(different.values())
 
 
 def _prompts(sources: Sequence[Source], renderer: Renderer) -> Iterator[Asked]:
     for source in sources:
         located = locate(source)
-        yield from all_converted(located, partial(_asked, layout_of(located), renderer))
+        asked = partial(_asked, TurnsAsked(located), source, renderer)
+        yield from all_converted(located, asked)
 
 
-def _asked(layout: Layout, renderer: Renderer, raw: RawRow) -> Asked:
-    told = layout.convert(raw.values)
-    prompt = renderer.prompt(told)
-    if prompt is None or not isinstance(told, Conversation):
-        raise DataError("asks nothing that a policy could reply to")
-    source = layout.source
+def _asked(turns: TurnsAsked, source: Source, renderer: Renderer, raw: RawRow) -> Asked:
+    asked = turns(raw.values)
     pair = _pair(renamed(raw.values, source.columns), source, renderer)
-    return Asked(tuple(prompt.messages), raw.values, prompt.input_ids, pair)
+    return Asked(asked.messages, raw.values, renderer.asked(asked), pair, asked.tools)
 
 
 def _pair(row: Values, source: Source, renderer: Renderer) -> tuple[TokenRow, TokenRow] | None:
@@ -222,8 +225,10 @@ def said_text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
 
 
 def seeds_of(seed: int, count: int, *, first: int = 0) -> list[int]:
-    """Return a seed for each of `count` rows from row `first` on, all different."""
-    return [(seed << 32) + number for number in range(first, first + count)]
+    """Return a seed for each of `count` rows from row `first` on, all different, 64 bits each."""
+    numbers = ((seed << 32) + number for number in range(first, first + count))
+    # Signed, as tensors hold them, whatever seed the user chose.
+    return [(number + 2**63) % 2**64 - 2**63 for number in numbers]
 
 
 def _log_probs(

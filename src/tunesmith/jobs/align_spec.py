@@ -143,7 +143,7 @@ class Alignment(Settings):
         trained_against = {
             self._where(path)
             for stage in self.stages
-            for path in reward_paths([stage.run, stage.model_dump(mode="json")["online"]])
+            for path in reward_paths(self._settings(stage))
         }
         for reward in self.judge or []:
             if isinstance(reward, RunReward) and self._where(reward.path) in trained_against:
@@ -170,12 +170,17 @@ class Alignment(Settings):
 
     def _used(self, stage: Stage) -> list[str]:
         """Return the names of what a stage says it needs, which may be no stages."""
-        rewards = reward_paths(stage.model_dump(mode="json")["online"])
+        settings = self._settings(stage)
+        rewards = reward_paths(settings["online"])
         return [
             *([stage.start] if stage.start else []),
-            *(name for name, _ in _OUTPUT.findall(_text(stage))),
+            *(name for name, _ in _OUTPUT.findall(yaml.safe_dump(settings))),
             *(path for path in rewards if path in {other.name for other in self.stages}),
         ]
+
+    def _settings(self, stage: Stage) -> dict[str, Any]:
+        """Return all that a stage's run and rounds are told, what is common to all included."""
+        return stage.model_dump(mode="json") | {"run": merged(self.common, stage.run)}
 
     def run_of(self, stage: Stage, source: str) -> Run:
         """Return the run of a stage; stages that it starts from need not be there yet.
@@ -300,7 +305,3 @@ def reward_paths(value: object) -> list[str]:
         own = [str(value["path"])] if value.get("kind") == "run" and "path" in value else []
         return own + [path for inner in value.values() for path in reward_paths(inner)]
     return [p for inner in value for p in reward_paths(inner)] if isinstance(value, list) else []
-
-
-def _text(stage: Stage) -> str:
-    return yaml.safe_dump(stage.model_dump(mode="json"))

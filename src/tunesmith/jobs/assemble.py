@@ -129,6 +129,7 @@ def assemble(run: Run, peers: Peers, progress: Callable[[str], None]) -> Assembl
         TunesmithError: the kind says which part of the run cannot work.
     """
     _check_quantised(run, peers)
+    _check_early_stopping(run)
     progress("reading data")
     chats = not classifies(run)
     tokenizer = load_tokenizer(run.model, chats=chats)
@@ -179,6 +180,21 @@ def _check_quantised(run: Run, peers: Peers) -> None:
     require_quantiser(run.model, peers.device)
 
 
+def _check_early_stopping(run: Run) -> None:
+    """Refuse to stop a method early that would not be what it promises.
+
+    Raises:
+        SpecError: it would not.
+    """
+    for method in run.methods:
+        if method.needs_every_step and run.train.early_stopping is not None:
+            raise SpecError(
+                f"train.early_stopping: {method.name} becomes sparse in its last phase only, and "
+                "the best of a run that stops early may be from before; leave early_stopping out "
+                "and set train.max_steps"
+            )
+
+
 def _every_few_seconds(say: Callable[[str], None]) -> Callable[[TokenisingProgress], None]:
     """Return a listener that says how many rows are tokenised, not more often than can be read."""
     last = time.monotonic()
@@ -193,10 +209,15 @@ def _every_few_seconds(say: Callable[[str], None]) -> Callable[[TokenisingProgre
 
 
 def assembled_from(loaded: LoadedRun, data: PreparedData) -> Assembled:
-    """Return a finished run, loaded again, as `assemble` would have it."""
+    """Return a finished run, loaded again, as `assemble` would have it.
+
+    Raises:
+        SpecError: rows are longer than the model takes.
+    """
     chats = not classifies(loaded.run)
     facts = prepare_tokenizer(loaded.tokenizer, loaded.run.model, chats=chats)
     model = loaded.tuned.model
+    check_lengths(loaded.run, model, data)
     return Assembled(
         run=loaded.run,
         tuned=loaded.tuned,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from tunesmith.jobs.comparison_spec import Comparison, Variant
 from tunesmith.jobs.evidence import remember
 from tunesmith.jobs.run_directory import write_json, write_text
 from tunesmith.models.skeleton import config_of, kind_of
+from tunesmith.objectives import Classification
 from tunesmith.report.comparison import write_comparison_report
 from tunesmith.report.findings import Findings
 from tunesmith.report.words import LESS_IS_BETTER, duration
@@ -71,7 +73,7 @@ def compare(comparison: Comparison, source: Path, say: Say) -> Findings:
         SpecError: a row says something that no run can mean, or the budget is too small.
     """
     contests = [_Contest(v, prepared(comparison, v, source)) for v in comparison.rows()]
-    metric = comparison.metric or _metric(contests[0].run)
+    metric = comparison.metric or default_metric(contests[0].run)
     comparison.directory.mkdir(parents=True, exist_ok=True)
     write_text(comparison.directory / "comparison.yaml", comparison.to_yaml())
     stage = _Stage(comparison, metric, say)
@@ -163,11 +165,12 @@ def _continues_text(run: Run) -> bool:
     return run.objective.head == "causal_lm" and kind_of(config_of(run.model)) == "decoder"
 
 
-def _metric(run: Run) -> str:
+def default_metric(run: Run) -> str:
     """Return what the run is judged by, where nothing is said."""
     if run.evaluation.metrics:
         return run.evaluation.metrics[0]
-    return "accuracy" if run.objective.name == "classification" else "loss"
+    one_label = isinstance(run.objective, Classification) and run.objective.kind == "single"
+    return "accuracy" if one_label else "loss"
 
 
 def _changed(run: Run, name: str, train: Changes, evaluation: Changes) -> Run:
@@ -259,11 +262,12 @@ def _search(stage: _Stage, contests: Sequence[_Contest]) -> None:
         finished = stage.run("learning rates", [trial for _, _, trial in trials])
         for contest, rate, trial in trials:
             value = stage.value(trial) if trial in finished else None
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 contest.rates[rate] = value
                 contest.errors[rate] = standard_error(trial.directory, stage.metric)
             elif not contest.rates:
-                contest.failed = trial.why_failed() or f"{stage.metric} was not measured"
+                found = "was not measured" if value is None else f"is {value} at every rate tried"
+                contest.failed = trial.why_failed() or f"{stage.metric} {found}"
         asked = {id(c): edge for c in contests if (edge := _beyond(c, stage.metric))}
     for contest in contests:
         if contest.rates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,9 @@ def _found(row: Row, metric: str) -> FoundRow:
     start = FoundRow(row.name, learning_rate=row.learning_rate, rates=rates)
     if not values:
         return replace(start, failed=row.failed or f"{metric} was not measured")
+    if diverged := [value for value in values if not math.isfinite(value)]:
+        many = f"{len(diverged)} of {len(values)} seeds"
+        return replace(start, failed=f"{metric} is {diverged[0]} after training, with {many}")
     first = summaries[0]
     general = [s["general_loss"] for s in summaries if s.get("general_loss")]
     timed = row.timed.read_json(row.timed.summary) if row.timed else None

@@ -34,7 +34,7 @@ class Variant(Settings):
     """One row of a comparison: the base run with another method, or other settings."""
 
     name: str | None = Field(default=None, pattern=r"^[^/\\\s]+$")
-    """Name of the row; the method's name where none is given."""
+    """Name of the row; the method's name where none is given. The run's own method needs one."""
     method: str | dict[str, Any] | list[dict[str, Any]] | None = None
     """The method: its name, its settings with `name`, or a list of several; none is the run's."""
     features: FeatureSettings | None = None
@@ -52,6 +52,8 @@ class Variant(Settings):
         ]
         if len(given) > 1:
             raise ValueError(f"a row has {' or '.join(given)}, not both; make two rows of them")
+        if not given and self.name is None:
+            raise ValueError("a row of the run's own method has no name; give it one with `name`")
         return self
 
     @property
@@ -97,7 +99,8 @@ class Comparison(Settings):
     """Learning rates tried a row: its default times powers of 3 around 1, at a third of the steps;
     the best goes on. 1 takes the default as it is."""
     metric: str | None = None
-    """What decides; the run's first evaluation metric where none is given, else the loss."""
+    """What decides; the run's first evaluation metric where none is given, else the accuracy of
+    texts with one label each, else the loss."""
     budget: float | None = Field(default=None, gt=0)
     """Wall-clock time for the whole comparison in seconds, or as text: `20min`, `2h`. Every run
     then gets the same share of it, as so many steps as fit. None runs the run's own steps."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from torch import nn
 
+from tunesmith.data.render_pairs import renderer_for
 from tunesmith.engine.evaluation import mean_loss
 from tunesmith.engine.events import Listener, Sampled
 from tunesmith.errors import SpecError
@@ -172,11 +173,16 @@ class Examiner:
     def _accuracy(self, prompts: Sequence[Prompt]) -> float:
         settings, peers = self.assembled.run.evaluation, self.peers
         mine = list(prompts)[peers.rank :: peers.size]
-        picked = choose(
-            self.assembled.tuned.model,
+        model = self.assembled.tuned.model
+        renderer = renderer_for(
             self.assembled.tokenizer,
+            supervise="assistant",
+            encoder_decoder=model.config.is_encoder_decoder,
+        )
+        picked = choose(
+            model,
             [prompt.input_ids for prompt in mine],
-            settings.choices,
+            [renderer.reply(choice) for choice in settings.choices],
             batch_size=settings.batch_size,
         )
         right = [

@@ -16,6 +16,7 @@ from tunesmith.data.collate_replies import ReplyRow, reply_row
 from tunesmith.engine.evaluation import measuring
 from tunesmith.jobs.batches import interleave
 from tunesmith.objectives.advantages import (
+    EPS,
     AdaptiveKL,
     generalised_advantages,
     kl_estimate,
@@ -221,9 +222,9 @@ class Lessons:
         if objective.reward_scale == "running":
             self._take_note(values)
             count, _, squares = self._seen
-            values = values / max(math.sqrt(squares / max(count - 1, 1)), 1e-4)
+            values = values / _scale(math.sqrt(squares / max(count - 1, 1)))
         elif objective.reward_scale == "batch":
-            values = values / max(float(values.std()), 1e-4)
+            values = values / _scale(float(values.std()))
         if objective.reward_clip is not None:
             values = values.clip(-objective.reward_clip, objective.reward_clip)
         found: list[float] = values.tolist()
@@ -246,6 +247,11 @@ def lessons_of(assembled: Assembled, peers: Peers) -> Lessons:
     if isinstance(objective, PPO):
         kl = AdaptiveKL(objective.kl, objective.kl_target, objective.kl_horizon)
     return Lessons(assembled, peers, kl)
+
+
+def _scale(spread: float) -> float:
+    """Return what scores of this deviation are divided by: equal ones have no scale and stay."""
+    return spread if spread > EPS else 1.0
 
 
 def _padded(rows: Sequence[NDArray[np.float32]]) -> Tensor:

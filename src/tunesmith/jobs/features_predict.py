@@ -11,6 +11,7 @@ from tunesmith.errors import SpecError
 from tunesmith.jobs.features_classify import read_linear
 from tunesmith.jobs.features_embed import Embedder
 from tunesmith.jobs.features_spec import FeatureRun, FeatureSettings, load_feature_file
+from tunesmith.jobs.labelled import text_tokens
 from tunesmith.measure.classification import softmax
 from tunesmith.models.chat import prepare_tokenizer
 from tunesmith.models.loading import load_tokenizer
@@ -65,7 +66,7 @@ class FeatureClassifier:
                 self._tokenizer,
                 "single",
                 classes=self.labels,
-                max_length=min(self.run.data.max_length, self._tokenizer.model_max_length),
+                max_length=text_tokens(self.run, self._embedder.model, self._tokenizer),
             )
         ]
         return self._linear.scores(self._embedder.compute(rows))

@@ -13,6 +13,7 @@ from tunesmith.data.classification_collate import LabelledCollator
 from tunesmith.data.pairs import prepare_pairs
 from tunesmith.data.prepare import prepare
 from tunesmith.errors import SpecError
+from tunesmith.models.context import longest_row
 from tunesmith.models.heads import Head, reads_last_token
 from tunesmith.models.loading import is_encoder_decoder
 from tunesmith.models.zoo import cache_dir
@@ -93,6 +94,8 @@ def _ask(
 ) -> tuple[Run, AskedData]:
     """Return the prompts of a run that writes the replies itself."""
     require_causal(run)
+    if objective.rollout.prompt_tokens is not None:
+        _require_bare_text(tokenizer)
     asked = prepare_asked(
         run.data,
         tokenizer,
@@ -101,6 +104,21 @@ def _ask(
         prompt_tokens=objective.rollout.prompt_tokens,
     )
     return run, asked
+
+
+def _require_bare_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Check that prompts are texts alone, whose first tokens are a beginning to go on with.
+
+    Raises:
+        SpecError: the template writes headers, which would be most of what is left of them.
+    """
+    turn = {"role": "user", "content": "text"}
+    shown = tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+    if shown != turn["content"]:
+        raise SpecError(
+            "objective.rollout.prompt_tokens: cuts what the chat template writes, which begins "
+            f"with {str(shown)[:20]!r} and not with the text; set model.chat_template: text"
+        )
 
 
 def require_causal(run: Run) -> None:
@@ -202,17 +220,24 @@ def class_weights(run: Run, data: PreparedData) -> Tensor | None:
 
 
 def check_lengths(run: Run, model: PreTrainedModel, data: PreparedData) -> None:
-    """Check that the model has a position for every token.
+    """Check that the model has a position for every token of training and evaluation.
 
     Raises:
         SpecError: rows are longer than the model takes.
     """
-    config = model.config.get_text_config().to_dict()
-    positions = config.get("max_position_embeddings")
-    rotary = config.get("rope_parameters") or config.get("rope_theta")
-    longest = int(data.train.corpus.lengths.max()) if isinstance(data, LabelledData) else 0  # type: ignore[union-attr]
-    if positions is not None and not rotary and longest > positions:
+    positions = longest_row(model)
+    if positions is None or not isinstance(data, LabelledData):
+        return
+    trained = int(data.train.corpus.lengths.max())  # type: ignore[union-attr]
+    longest = max([trained, *(len(row.input_ids) for row in data.evaluation)])
+    if longest > positions:
         raise SpecError(
             f"data.max_length: a row has {longest} tokens after cutting to {run.data.max_length}, "
             f"and {run.model.name} has positions for {positions}; use at most {positions}"
         )
+
+
+def text_tokens(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return how many tokens of a new text a finished run's model reads; the rest is cut off."""
+    limits = [run.data.max_length, tokenizer.model_max_length, longest_row(model)]
+    return min(limit for limit in limits if limit is not None)

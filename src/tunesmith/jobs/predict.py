@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tunesmith.data.classification import tokenised_examples
 from tunesmith.data.classification_collate import LabelledCollator
 from tunesmith.data.classification_rows import Example, Kind
-from tunesmith.data.formats import renamed
+from tunesmith.data.formats import fill, renamed
 from tunesmith.data.rows import RawRow
 from tunesmith.data.settings import Source
 from tunesmith.data.sources import locate, read
@@ -23,8 +23,9 @@ from tunesmith.errors import DataError, SpecError
 from tunesmith.jobs.assemble import Program, choose_padding
 from tunesmith.jobs.features_predict import FeatureClassifier
 from tunesmith.jobs.features_spec import is_feature_file, load_feature_file
+from tunesmith.jobs.labelled import text_tokens
 from tunesmith.jobs.result import load_run
-from tunesmith.jobs.run_directory import RunDirectory, open_finished
+from tunesmith.jobs.run_directory import RunDirectory
 from tunesmith.jobs.score import conversation_of, conversations_in, score
 from tunesmith.measure.classification import sigmoid, softmax
 from tunesmith.models.heads import reads_last_token
@@ -35,8 +36,17 @@ from tunesmith.types import IGNORE
 if TYPE_CHECKING:
     from tunesmith.jobs.result import LoadedRun
 
+_TEXTS: Final = ("text", "text_pair")
 HALF = 0.5
 """From which probability a label is given where no held-out rows said a better one."""
+
+
+class Asked(NamedTuple):
+    """What a label is wanted of."""
+
+    text: str
+    pair: str | None = None
+    """A second text, where two are judged together."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def predict(
     """
     directory = RunDirectory(Path(path))
     if directory.spec.is_file() and is_feature_file(directory.spec):
-        return _by_features(directory, texts, overrides)
+        return _by_features(directory, [Asked(text) for text in texts], overrides)
     return predictions(load_run(path, overrides), texts)
 
 
@@ -76,21 +86,26 @@ def predictions(loaded: LoadedRun, texts: Sequence[str]) -> list[Prediction]:
     if isinstance(objective, Reward):
         rewards = score(loaded, [conversation_of(text) for text in texts])
         return [Prediction(t, f"{r:.4f}", {}) for t, r in zip(texts, rewards, strict=True)]
+    return _by_head(loaded, [Asked(text) for text in texts])
+
+
+def _by_head(loaded: LoadedRun, asked: Sequence[Asked]) -> list[Prediction]:
+    objective = loaded.run.objective
     if not isinstance(objective, Classification | TokenClassification):
         raise SpecError(
             f"{loaded.directory.path}: its objective is {objective.name}, which labels nothing; "
             "use `tunesmith chat`"
         )
-    _require_texts(texts)
+    _require_texts(asked)
     threshold = _threshold(loaded)
     found: list[Prediction] = []
     size = loaded.run.evaluation.batch_size
-    for start in range(0, len(texts), size):
-        some = texts[start : start + size]
+    for start in range(0, len(asked), size):
+        some = asked[start : start + size]
         outputs = _outputs(loaded, some)
         found += [
-            _prediction(objective, text, logits, threshold)
-            for text, logits in zip(some, outputs, strict=True)
+            _prediction(objective, one.text, logits, threshold)
+            for one, logits in zip(some, outputs, strict=True)
         ]
     return found
 
@@ -109,56 +124,63 @@ def predict_file(
     """
     directory = RunDirectory(Path(path))
     if directory.spec.is_file() and is_feature_file(directory.spec):
-        return predict(path, texts_in(file, path), overrides=overrides)
+        source = load_feature_file(directory.spec).run.data.train[0]
+        return _by_features(directory, texts_in(file, source), overrides)
     loaded = load_run(path, overrides)
     if not isinstance(loaded.run.objective, Reward):
-        return predictions(loaded, texts_in(file, path))
+        return _by_head(loaded, texts_in(file, loaded.run.data.train[0]))
     replies = conversations_in(file, loaded.run.data.train[0])
     pairs = zip(replies, score(loaded, replies), strict=True)
     return [Prediction(str(c.messages[-1]["content"]), f"{r:.4f}", {}) for c, r in pairs]
 
 
-def texts_in(path: str | Path, run_directory: str | Path) -> list[str]:
-    """Return the texts of a file, whose columns are named as the run's own are.
+def texts_in(path: str | Path, run_source: Source) -> list[Asked]:
+    """Return the texts of a file, read as the run's own rows are: its columns, or its template.
 
     Raises:
         DataError: the file cannot be read, or a row has no text.
     """
-    spec = RunDirectory(Path(run_directory)).spec
-    if spec.is_file() and is_feature_file(spec):
-        run = load_feature_file(spec).run
-    else:
-        _, run = open_finished(run_directory)
-    columns = {ours: named for ours, named in run.data.train[0].columns.items() if ours == "text"}
-    texts = []
+    found = []
     for row in read(locate(Source(path=str(path)))):
         if not isinstance(row, RawRow):
             raise DataError(row.message)
-        own = {ours: named for ours, named in columns.items() if named in row.values}
-        text = renamed(row.values, own).get("text")
-        if not isinstance(text, str):
+        found.append(_text_of(row, run_source))
+    return found
+
+
+def _text_of(row: RawRow, source: Source) -> Asked:
+    if source.prompt is not None:
+        try:
+            return Asked(fill(source.prompt, row.values))
+        except DataError as error:
+            raise DataError(f"{row.place}: {error}") from error
+    own = {o: named for o, named in source.columns.items() if o in _TEXTS and named in row.values}
+    values = renamed(row.values, own)
+    needed = [name for name in _TEXTS if name == "text" or name in source.columns]
+    for name in needed:
+        if not isinstance(values.get(name), str):
             raise DataError(
-                f"{row.place}: has no column 'text'; its columns are {', '.join(row.values)}"
+                f"{row.place}: has no column '{name}'; its columns are {', '.join(row.values)}"
             )
-        texts.append(text)
-    return texts
+    pair = values.get("text_pair")
+    return Asked(str(values["text"]), None if pair is None else str(pair))
 
 
 def _by_features(
-    directory: RunDirectory, texts: Sequence[str], overrides: Sequence[str]
+    directory: RunDirectory, asked: Sequence[Asked], overrides: Sequence[str]
 ) -> list[Prediction]:
-    _require_texts(texts)
+    _require_texts(asked)
     classifier = FeatureClassifier(directory, overrides)
-    scores = classifier.scores([_asked(text, "single", classifier.labels) for text in texts])
+    scores = classifier.scores([_example(one, "single", classifier.labels) for one in asked])
     return [
-        Prediction(text, classifier.labels[int(row.argmax())], classifier.probabilities(row))
-        for text, row in zip(texts, scores, strict=True)
+        Prediction(one.text, classifier.labels[int(row.argmax())], classifier.probabilities(row))
+        for one, row in zip(asked, scores, strict=True)
     ]
 
 
-def _require_texts(texts: Sequence[str]) -> None:
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
+def _require_texts(asked: Sequence[Asked]) -> None:
+    for number, one in enumerate(asked, start=1):
+        if not one.text.strip():
             raise DataError(f"text {number} is empty; expected text")
 
 
@@ -169,7 +191,7 @@ def _threshold(loaded: LoadedRun) -> float:
     return float(after.get("threshold", HALF))
 
 
-def _outputs(loaded: LoadedRun, texts: Sequence[str]) -> list[NDArray[np.float32]]:
+def _outputs(loaded: LoadedRun, asked: Sequence[Asked]) -> list[NDArray[np.float32]]:
     """Return the logits of each text, (classes,), or of each of its words, (words, classes)."""
     run, model = loaded.run, loaded.tuned.model
     objective: Any = run.objective
@@ -178,11 +200,11 @@ def _outputs(loaded: LoadedRun, texts: Sequence[str]) -> list[NDArray[np.float32
     rows = [
         row
         for row, _ in tokenised_examples(
-            [_asked(text, kind, labels) for text in texts],
+            [_example(one, kind, labels) for one in asked],
             loaded.tokenizer,
             kind,
             classes=labels,
-            max_length=min(run.data.max_length, loaded.tokenizer.model_max_length),
+            max_length=text_tokens(run, model, loaded.tokenizer),
         )
     ]
     collate = LabelledCollator(
@@ -200,13 +222,13 @@ def _outputs(loaded: LoadedRun, texts: Sequence[str]) -> list[NDArray[np.float32
     return [out[word] for out, word in zip(logits, words, strict=True)]
 
 
-def _asked(text: str, kind: Kind, labels: tuple[str, ...]) -> Example:
+def _example(asked: Asked, kind: Kind, labels: tuple[str, ...]) -> Example:
     """Return a text as an example; what it is labelled as plays no part."""
     if kind == "tokens":
-        words = tuple(text.split())
+        words = tuple(asked.text.split())
         return Example(" ".join(words), labels[:1] * len(words), "text", words=words)
     nothing: dict[str, Any] = {"single": labels[:1] and labels[0], "multi": (), "regression": 0.0}
-    return Example(text, nothing[kind], "text")
+    return Example(asked.text, nothing[kind], "text", asked.pair)
 
 
 def _prediction(

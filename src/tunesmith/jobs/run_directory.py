@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
@@ -161,6 +161,13 @@ def clear(directory: RunDirectory) -> None:
         shutil.rmtree(leaving)
 
 
+_TRAINS_NOTHING: Final = {
+    "features": "`tunesmith predict` uses it, and report.html says how good it is",
+    "prompting": "report.html says how good it is",
+}
+"""Sections of a run file whose run leaves no model of its own, and where to look instead."""
+
+
 def open_finished(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunDirectory, Run]:
     """Return an existing run directory and its spec, with overrides applied.
 
@@ -168,10 +175,17 @@ def open_finished(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunD
 
     Raises:
         CheckpointError: there is no run.
+        SpecError: the run trained nothing.
     """
     directory = RunDirectory(Path(path))
     if not directory.spec.is_file():
         raise CheckpointError(f"{path}: no run directory (it has no run.yaml)")
+    sections = yaml.safe_load(directory.spec.read_text(encoding="utf-8"))
+    for section, instead in _TRAINS_NOTHING.items():
+        if section in sections:
+            raise SpecError(
+                f"{path}: is a run of {section}, which trains no model to load; {instead}"
+            )
     run = load_run_file(directory.spec, overrides)
     return directory, where_it_is(run, directory.path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -68,7 +69,7 @@ def score(loaded: LoadedRun, conversations: Sequence[Conversation]) -> list[floa
     """
     objective, run = cast("Reward", loaded.run.objective), loaded.run
     renderer = Renderer(loaded.tokenizer)
-    rows = [_row(renderer, one, run.data.max_length) for one in conversations]
+    rows = [judged_row(renderer, one, run.data.max_length) for one in conversations]
     model, device = loaded.tuned.model, loaded.peers.device
     collate = JudgedCollator(cast("int", loaded.tokenizer.pad_token_id), choose_padding(run, model))
     size, dtype, found = run.evaluation.batch_size, loaded.autocast_dtype, list[float]()
@@ -79,8 +80,22 @@ def score(loaded: LoadedRun, conversations: Sequence[Conversation]) -> list[floa
     return found
 
 
-def _row(renderer: Renderer, sample: Conversation, max_length: int) -> TokenRow:
+def judged_row(renderer: Renderer, sample: Conversation, max_length: int) -> TokenRow:
+    """Return a conversation as a reward model reads it: up to its last reply's end-of-turn.
+
+    A reward is read at the last token, and what a template writes behind the turn is left off in
+    training too.
+
+    Raises:
+        DataError: it has no reply, or the template cannot render it.
+    """
     row = renderer.row(sample)
     said = np.flatnonzero(row.supervised)
-    stop = min(int(said[-1]) + 1 if len(said) else len(row.input_ids), max_length)
+    if len(said) == 0:  # an empty reply, whose turn is closed as that of any other
+        *before, last = sample.messages
+        other = renderer.row(replace(sample, messages=(*before, last | {"content": "a"})))
+        behind = len(other.input_ids) - 1 - int(np.flatnonzero(other.supervised)[-1])
+    else:
+        behind = len(row.input_ids) - 1 - int(said[-1])
+    stop = min(len(row.input_ids) - behind, max_length)
     return TokenRow(row.input_ids[:stop], row.supervised[:stop], (stop,))

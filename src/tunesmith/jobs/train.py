@@ -97,13 +97,14 @@ def train(
     proofs = prove_start(assembled, peers)
     _tell_proofs(proofs, say)
     general = general_loss_of_base(assembled, peers)
+    # Before the directory is written: a reward that cannot be used leaves nothing behind.
+    samples = isinstance(assembled.run.objective, FromReplies)
+    examiner = ReplyExaminer(assembled, peers) if samples else examiner_of(assembled, peers)
     heard = [*_listeners(run, directory), *listeners]
     resume_from = find_resumable(directory.path, listeners=heard) if resume else None
     if peers.is_main:
         _open(directory, assembled.run, fresh=resume_from is None)
     peers.any(False)  # nobody goes on before the directory is there
-    samples = isinstance(assembled.run.objective, FromReplies)
-    examiner = ReplyExaminer(assembled, peers) if samples else examiner_of(assembled, peers)
     recorder = Recorder(examiner, directory, heard)
     outcome = _fit(assembled, peers, recorder, resume_from)
     if outcome.stopped_because == "interrupted":
@@ -213,6 +214,7 @@ def task_of(assembled: Assembled) -> Task[Any]:
         common=run.objective.common(),
         default_learning_rate=run.methods[0].default_learning_rate,
         learning_rate_scales=learning_rate_scales(run, tuned),
+        undecayed=tuned.undecayed(),
         block_modules=[tuned.model.get_submodule(block.path) for block in tuned.sites.blocks],
         penalty=tuned.penalty,
         on_step=tuned.on_step if tuned.acts_on_step else nothing_to_do,

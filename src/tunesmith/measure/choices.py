@@ -9,47 +9,40 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tunesmith.errors import DataError
-from tunesmith.models.encoder_decoder import after_start, start_token, written_ids
+from tunesmith.models.encoder_decoder import after_start, start_token
 from tunesmith.models.modes import evaluating
 from tunesmith.models.output_head import OutputHead, output_head
 from tunesmith.ops.linear_cross_entropy import token_log_probs
-from tunesmith.rollout.generate import end_of_turn, room_after
+from tunesmith.rollout.generate import room_after
 from tunesmith.types import IGNORE
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import Cache, PreTrainedModel
 
 
 def choose(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Sequence[int]],
-    choices: Sequence[str],
+    choices: Sequence[Sequence[int]],
     *,
     batch_size: int = 8,
 ) -> list[int]:
     """Return for each prompt the index of the reply in `choices` that the model finds likeliest.
 
-    A reply's likelihood is that of all its tokens and of the end of the turn after them, so that a
+    A reply's likelihood is that of all its tokens. The end of the turn belongs to them, so that a
     reply that begins like another is not favoured for being short.
 
     Args:
-        model: any causal language model; its mode stays.
-        tokenizer: turns the choices into tokens.
+        model: any causal language model or encoder-decoder; its mode stays.
         prompts: token ids up to where the reply begins.
-        choices: at least one text, none empty.
+        choices: token ids as replies are learned, with the end of the turn; at least one choice.
         batch_size: prompts at once.
 
     Raises:
         DataError: a prompt is empty or leaves no room for the longest choice.
     """
-    end = end_of_turn(tokenizer)[0]
-    if model.config.is_encoder_decoder:
-        ids = [written_ids(tokenizer, text) for text in choices]
-    else:
-        ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in choices]
-    return choice_log_probs(model, prompts, ids, batch_size=batch_size).argmax(-1).tolist()
+    return choice_log_probs(model, prompts, choices, batch_size=batch_size).argmax(-1).tolist()
 
 
 @torch.no_grad()

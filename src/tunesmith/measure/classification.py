@@ -88,10 +88,13 @@ def best_threshold(true: Flags, probability: Floats) -> Threshold:
 
 
 def pearson(true: Floats, predicted: Floats) -> float:
-    """Return the linear correlation; 0 where one side does not vary."""
+    """Return the linear correlation; 0 where one side does not vary, nan where one is no number."""
+    # Not by the spread: the rounding of a mean leaves equal values a little of it.
+    if np.ptp(true) == 0 or np.ptp(predicted) == 0:
+        return 0.0
     x, y = true - true.mean(), predicted - predicted.mean()
     scale = np.sqrt((x**2).sum() * (y**2).sum())
-    return float((x * y).sum() / scale) if scale > 0 else 0.0
+    return float((x * y).sum() / scale) if scale != 0 else 0.0
 
 
 def spearman(true: Floats, predicted: Floats) -> float:

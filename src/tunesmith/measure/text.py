@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import Final
 
@@ -13,14 +15,16 @@ from numpy.typing import NDArray
 
 from tunesmith.errors import DataError, SetupError
 
-_NO_SPACES: Final = (
+_HAN: Final = (
     "\u3040-\u30ff"  # Hiragana, Katakana
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"  # Han
 )
-_WORD: Final = re.compile(rf"[{_NO_SPACES}]|[^\W_{_NO_SPACES}]+")
+_NO_SPACES: Final = _HAN + (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f\u1780-\u17ff"  # Burmese, Khmer
+)
 _ENDS: Final = " .,;:!?\"'`()[]\u3001\u3002\u300c\u300d\u2018\u2019\u201c\u201d\u00ab\u00bb"
 """Punctuation around an answer; no minus, percent or currency sign, which belong to it."""
-_HAN: Final = re.compile(rf"[{_NO_SPACES}]")
 
 
 def bleu(replies: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -52,7 +56,7 @@ def bleu_counts(replies: Sequence[str], references: Sequence[Sequence[str]]) -> 
         SetupError: sacrebleu is not installed.
     """
     _require_references(replies, references)
-    by_character = any(_HAN.search(text) for row in references for text in row)
+    by_character = any(re.search(f"[{_HAN}]", text) for row in references for text in row)
     scorer = _load("sacrebleu").BLEU(tokenize="zh" if by_character else "13a", force=True)
     scores = (
         scorer.corpus_score([reply], [[text] for text in row])
@@ -75,7 +79,8 @@ def rouge_l(replies: Sequence[str], references: Sequence[Sequence[str]]) -> floa
     """Return the mean ROUGE-L F1 (Lin 2004), 0 to 1, each reply against its best reference.
 
     Computed by rouge-score, whose own tokenizer drops everything but a-z and 0-9; here words are of
-    any script, and Chinese and Japanese count by character.
+    any script, with the marks on their letters, and Chinese, Japanese, Thai, Lao, Burmese and
+    Khmer count by character.
 
     Raises:
         DataError: no replies, or a prompt without reference.
@@ -118,7 +123,20 @@ class _Words:
     """Splits a text for rouge-score: words in lower case, characters where no spaces are used."""
 
     def tokenize(self, text: str) -> list[str]:
-        return _WORD.findall(text.lower())
+        return _word().findall(unicodedata.normalize("NFC", text.lower()))
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    r"""Return what a word is: letters and digits with their marks, or one letter without spaces.
+
+    Marks are the vowel signs of most scripts of India and the accents that no letter has by itself;
+    `\w` leaves them out, so that words that differ in them alone would be the same.
+    """
+    every = map(chr, range(sys.maxunicode + 1))
+    marks = "".join(char for char in every if unicodedata.category(char).startswith("M"))
+    letter = rf"[^\W_{_NO_SPACES}]"
+    return re.compile(rf"[{_NO_SPACES}][{marks}]*|{letter}(?:{letter}|[{marks}])*")
 
 
 def _load(module: str, *, package: str | None = None) -> ModuleType:

@@ -49,6 +49,11 @@ class Attachment(ABC):
         del name
         return 1.0
 
+    def decays(self, name: str) -> bool:
+        """Return whether weight decay, that of matrices, pulls the trainable `name` to 0."""
+        del name
+        return True
+
     @property
     @abstractmethod
     def enabled(self) -> bool:
@@ -178,6 +183,8 @@ class Method(Settings):
     default_learning_rate: ClassVar[float]
     base_dtype: ClassVar[Literal["auto", "float32"]] = "auto"
     """What the base is best loaded in: float32 where every weight trains, so nothing is rounded."""
+    needs_every_step: ClassVar[bool] = False
+    """Whether a run that stops early would leave something else than the method promises."""
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the method, `peft_type` of its configuration; then `attach_peft` reads it."""
 

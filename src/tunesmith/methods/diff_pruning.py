@@ -32,6 +32,7 @@ class DiffPruning(Method):
     """Train a change delta = z * w of the weights whose gates z leave few elements of it."""
 
     default_learning_rate: ClassVar[float] = 5e-4
+    needs_every_step: ClassVar[bool] = True  # before the fixed phase nothing is cut
 
     name: Literal["diff_pruning"] = "diff_pruning"
     """A sparse change of the weights."""
@@ -208,8 +209,11 @@ class DiffPruningAttachment(MergeableAttachment):
 
     def learning_rate_scale(self, name: str) -> float:
         """Return what the learning rate of the trainable `name` is multiplied by."""
-        is_gate = name.endswith((".alpha", ".alpha_group"))
-        return self.method.gate_learning_rate_scale if is_gate else 1.0
+        return self.method.gate_learning_rate_scale if _is_gate(name) else 1.0
+
+    def decays(self, name: str) -> bool:
+        """Return whether it is no gate: at 0 a gate is half open, and their rate is high."""
+        return not _is_gate(name)
 
     def penalty(self) -> Tensor | None:
         """Return lambda E ||delta||_0 (), the price of open gates, or None once they are fixed."""
@@ -295,6 +299,10 @@ class DiffPruningAttachment(MergeableAttachment):
             if diff.bias is not None:
                 name = f"{path}.bias"
                 yield name, self.model.get_parameter(name) + diff.spread(diff.bias.delta())
+
+
+def _is_gate(name: str) -> bool:
+    return name.endswith((".alpha", ".alpha_group"))
 
 
 _SAVED: Final = ("indices", "values")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import MethodError
+from tunesmith.methods.selected import SelectedParameters
 
 if TYPE_CHECKING:
+    from tunesmith.methods.contract import Attachment
     from tunesmith.methods.parts import Part
     from tunesmith.models.sites import Sites
 
@@ -35,6 +38,30 @@ def require_peace(parts: Iterable[Part], sites: Sites) -> None:
                     "them different targets"
                 )
         seen.append(part)
+
+
+def shared_values(one: Attachment, two: Attachment) -> frozenset[str]:
+    """Return the base parameters that both put values of their own into."""
+    if not (isinstance(one, SelectedParameters) and isinstance(two, SelectedParameters)):
+        return frozenset()
+    return one.trains_itself() & two.trains_itself()
+
+
+def require_one_value(parts: Iterable[Part]) -> None:
+    """Check that no two of `parts`, that are to act at once, put values into one base parameter.
+
+    It has one value at a time: at the next switch those of one of the two would be lost.
+
+    Raises:
+        MethodError: two do; it names both.
+    """
+    for one, two in combinations(parts, 2):
+        if shared := shared_values(one.attachment, two.attachment):
+            raise MethodError(
+                f"the adapters {one.name!r} and {two.name!r} both have values of their own for "
+                f"{min(shared)}, where only one of them can act; switch the other off first, with "
+                "use()"
+            )
 
 
 def _called(part: Part, other: Part) -> str:

@@ -15,7 +15,7 @@ CLAMP: Final = 1e-4
 """Keeps log u finite, as in the authors' code."""
 SURE: Final = 1e6
 """|alpha| of a gate that is 0 or 1 whatever the noise, and whose gradient is 0; so large that no
-optimiser's momentum or weight decay brings it back."""
+optimiser's momentum brings it back. Weight decay would: gates have none."""
 
 
 def gates(alpha: Tensor, *, sample: bool) -> Tensor:

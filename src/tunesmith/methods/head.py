@@ -17,7 +17,7 @@ from tunesmith.methods.contract import Attachment, Method
 from tunesmith.methods.peft_format import PREFIX
 from tunesmith.methods.saved import attach_saved
 from tunesmith.methods.selected import SelectedParameters
-from tunesmith.methods.tensors import check_against, whole
+from tunesmith.methods.tensors import check_against, copy_into, whole
 from tunesmith.models.heads import head_kind
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ class HeadAttachment(SelectedParameters):
         super().__init__(model, names, keep_base=True)
         self._base = {name: value.float() for name, value in self._base.items()}
 
+    def start_from(self, values: Mapping[str, Tensor]) -> None:
+        """Begin with `values`, those of the head that acted before, where it trains them."""
+        for name, parameter in self.trainable().items():
+            if name in values:
+                copy_into(parameter, values[name])
+
     def detach(self) -> None:
         """Put the head back that was there, in the model's dtype."""
         dtypes = dict(self._dtypes)
@@ -69,6 +75,12 @@ class HeadAttachment(SelectedParameters):
         for name, dtype in dtypes.items():
             parameter = self._model.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
+
+
+def acting_head(attachments: Sequence[Attachment]) -> dict[str, Tensor]:
+    """Return the values of the head that acts, by parameter; empty where none was attached."""
+    heads = [a for a in attachments if isinstance(a, HeadAttachment) and a.enabled]
+    return {name: value for head in heads for name, value in head.state_dict().items()}
 
 
 def untrained(model: nn.Module, sites: Sites) -> list[str]:

@@ -308,6 +308,11 @@ class IA3Attachment(MergeableAttachment):
         self.experts = dict(experts)
         self.scales = {path.rpartition(".")[0]: scale for path, scale in scales.items()}
 
+    def decays(self, name: str) -> bool:
+        """Return False: those of experts are matrices too, and a factor of 0 shuts its feature."""
+        del name
+        return False
+
     def merged_values(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each weight and bias by name, with the factors in it."""
         yield from self.merged_weights(self.scales)

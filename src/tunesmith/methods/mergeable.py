@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tunesmith.errors import MethodError
-from tunesmith.methods.child import Child, ChildAttachment
+from tunesmith.methods.child import Child, ChildAttachment, base_modules
 from tunesmith.methods.places import stored_as
 
 
@@ -75,7 +75,7 @@ class MergeableAttachment(ChildAttachment):
         same bits: the cost is host memory as large as the adapted weights.
 
         Raises:
-            MethodError: merged already, or a weight is quantised or sharded.
+            MethodError: merged already, or a weight is quantised, sharded, or another module's too.
         """
         for path in self.children:
             parent = path.rpartition(".")[0]
@@ -83,6 +83,7 @@ class MergeableAttachment(ChildAttachment):
             so = f"{self.title} cannot merge into it"
             for leaf, parameter in module.named_parameters(recurse=False):
                 require_dense(f"{leaf} of {parent}", parameter, so)
+                _require_untied(self.model, f"{parent}.{leaf}", so)
         self._on_before_merge = self.enabled
         self.enable(False)
         originals = {}
@@ -112,6 +113,21 @@ class MergeableAttachment(ChildAttachment):
         if self._originals is not None:
             self.unmerge()
         super().detach()
+
+
+def _require_untied(model: nn.Module, name: str, so: str) -> None:
+    """Raise MethodError where another module computes with the parameter `name` too.
+
+    An adapter that PEFT put on a head may stand on the input embedding.
+    """
+    parameter = model.get_parameter(name)
+    for path, module in base_modules(model):
+        for leaf, other in module.named_parameters(recurse=False):
+            if other is parameter and f"{path}.{leaf}" != name:
+                raise MethodError(
+                    f"the {leaf} of {name.rpartition('.')[0]} is tied to {path}.{leaf}, which "
+                    f"would change too, so {so}; keep the adapter beside the base"
+                )
 
 
 def require_dense(what: str, weight: Tensor, so: str) -> None:

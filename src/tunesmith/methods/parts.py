@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import MethodError
 from tunesmith.methods.contract import Attachment
-from tunesmith.methods.fights import require_peace
+from tunesmith.methods.fights import require_one_value, require_peace
 from tunesmith.methods.row_adapters import RowNames, acting_by_row, names_of
 from tunesmith.methods.tensors import check_against, whole
 
@@ -109,13 +109,21 @@ class Parts:
         """Return what the learning rate of each trainable is multiplied by, by its full name."""
         return {n: a.learning_rate_scale(n) for a in self.training for n in a.trainable()}
 
+    def undecayed(self) -> frozenset[str]:
+        """Return the trainables that weight decay leaves alone though they are matrices."""
+        return frozenset(n for a in self.training for n in a.trainable() if not a.decays(n))
+
     def enable(self, on: bool, /, *names: str) -> None:
         """Switch the adapters called `names` on or off, all of them where none is named.
 
         Raises:
-            MethodError: there is no adapter of that name, or it cannot be switched.
+            MethodError: there is no adapter of that name, it cannot be switched, or it has weights
+                of its own where one that acts has some too.
         """
-        for part in self._named(names):
+        chosen = self._named(names)
+        if on:
+            require_one_value(p for p in self.parts if p in chosen or p.attachment.enabled)
+        for part in chosen:
             part.attachment.enable(on)
 
     def use(self, names: str | Sequence[str] | None) -> None:
@@ -128,8 +136,12 @@ class Parts:
         wanted = names_of(names)
         self._require_known(wanted)
         self._require_peace_among(wanted)
-        for part in self.parts:
-            part.attachment.enable(part.name in wanted)
+        self.switch({part.attachment: part.name in wanted for part in self.parts})
+
+    def switch(self, wanted: Mapping[Attachment, bool]) -> None:
+        """Switch attachments on or off, first off: two may have values for one parameter."""
+        for attachment, on in sorted(wanted.items(), key=lambda item: item[1]):
+            attachment.enable(on)
 
     @contextmanager
     def rows(self, names: Sequence[RowNames]) -> Iterator[None]:

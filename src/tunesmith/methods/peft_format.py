@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import AdapterError
-from tunesmith.methods.child import base_modules, base_parameters
+from tunesmith.methods.child import base_modules
 from tunesmith.methods.peft_targets import targeted
 from tunesmith.methods.places import spread
 from tunesmith.methods.tensors import whole
@@ -146,7 +146,12 @@ def without_base(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[
     PEFT adds embedding and head where one of them is adapted. Copies that differ from this base
     stay, and are then not expected.
     """
-    base = base_parameters(model)
+    # By all names: of a head tied to the embedding PEFT writes a copy too.
+    base = {
+        f"{path}.{leaf}": parameter
+        for path, module in base_modules(model)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
     kept = {}
     for key, tensor in tensors.items():
         own = base.get(key.removeprefix(PREFIX).replace(".base_layer.weight", ".weight"))

@@ -47,14 +47,12 @@ def acting(tuned: TunedModel, *names: str) -> Iterator[None]:
     Raises:
         MethodError: there is no adapter of that name, or two fight over a base parameter.
     """
-    before = [(attachment, attachment.enabled) for attachment in tuned.attachments]
+    before = {attachment: attachment.enabled for attachment in tuned.attachments}
     tuned.use(names)
     try:
         yield
     finally:
-        for attachment, on in before:
-            if attachment.enabled != on:
-                attachment.enable(on)
+        tuned.switch(before)
 
 
 class RewardScorer:

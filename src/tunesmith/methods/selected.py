@@ -188,4 +188,7 @@ def _require_trainable(name: str, parameter: Tensor) -> None:
             "train; use model.quantize: none, or train beside it with a method such as lora"
         )
     if parameter.requires_grad:
-        raise MethodError(f"{name} is trained by another method already; select it once")
+        raise MethodError(
+            f"{name} is trained by another method already; select it once, or freeze the adapter "
+            "that trains it (trainable=False) where two take turns"
+        )

@@ -26,8 +26,14 @@ from tunesmith.methods.child import (
 )
 from tunesmith.methods.combine import Combination, combine, recipe
 from tunesmith.methods.counts import ParameterCounts, count_parameters
-from tunesmith.methods.fights import require_peace
-from tunesmith.methods.head import HeadAttachment, head_of, saved_parts, with_heads
+from tunesmith.methods.fights import require_one_value, require_peace, shared_values
+from tunesmith.methods.head import (
+    HeadAttachment,
+    acting_head,
+    head_of,
+    saved_parts,
+    with_heads,
+)
 from tunesmith.methods.parts import Part, Parts
 from tunesmith.methods.saved import require_base
 from tunesmith.methods.tensors import whole
@@ -90,14 +96,22 @@ class TunedModel(Parts):
         """Yield what `attaching` attaches, each while what hangs beside the base already is off.
 
         A method may run the model to find its places and to start from: it is meant to see the
-        base, and not what others put before its input.
+        base, and not what others put before its input. A head stays off where another is attached
+        in its place, for a parameter has one value at a time.
         """
         while True:
-            with ExitStack() as off:
-                for attachment in self.attachments:
-                    if not attachment.trains_base:
-                        off.enter_context(attachment.disabled())
+            off = [a for a in self.attachments if a.enabled and not a.trains_base]
+            for attachment in off:
+                attachment.enable(False)
+            attached = None
+            try:
                 attached = next(attaching, None)
+            finally:
+                new = frozenset() if attached is None else attached[1].trains_itself()
+                for attachment in off:
+                    is_head = isinstance(attachment, HeadAttachment)
+                    if not (is_head and attachment.trains_itself() & new):
+                        attachment.enable(True)
             if attached is None:
                 return
             yield attached
@@ -106,10 +120,12 @@ class TunedModel(Parts):
         """Take in what a method has just attached, and let it train.
 
         Raises:
-            MethodError: it fights with another of the same name over a base parameter.
+            MethodError: it fights with another of the same name over a base parameter, or stands
+                on the values that another one that acts has given it.
         """
         self.parts.append(part)
         require_peace([other for other in self.parts if other.name == part.name], self.sites)
+        require_one_value([p for p in self.parts if p is part or p.attachment.enabled])
         for parameter in part.attachment.trainable().values():
             parameter.requires_grad_(True)
 
@@ -128,7 +144,8 @@ class TunedModel(Parts):
             directory: where it was saved.
             check_base: refuse an adapter that was made on a base of another name. Sizes are checked
                 in any case.
-            trainable: whether it goes on training; False freezes it.
+            trainable: whether it goes on training; False freezes it. A classification head that it
+                brings takes the place of the one that acts, until that is used again.
 
         Raises:
             AdapterError: a file is damaged, or the adapter does not fit this base model; the model
@@ -145,8 +162,8 @@ class TunedModel(Parts):
             for adapter, own in zip(saved, names, strict=True):
                 for part in self.beside(saved_parts(adapter, self.model, self.sites, name=own)):
                     self.put(Part(own, *part))
-        if not trainable:
-            self.freeze(*names)
+                if not trainable:  # at once: two heads cannot both train
+                    self.freeze(own)
 
     def combine(
         self,
@@ -276,9 +293,20 @@ class TunedModel(Parts):
             attachment.detach()
         self.parts = [part for part in self.parts if part.attachment not in gone]
         self._frozen = [attachment for attachment in self._frozen if attachment not in gone]
+        self._put_heads_back()
         if not self.parts:
             for name, required in self._required_grad.items():
                 self.model.get_parameter(name).requires_grad_(required)
+
+    def _put_heads_back(self) -> None:
+        """Switch on the head of an adapter that acts, where it had given way to one now gone."""
+        acting = {part.name for part in self.parts if part.attachment.enabled}
+        for part in self.parts:
+            head = part.attachment
+            if not isinstance(head, HeadAttachment) or part.name not in acting:
+                continue
+            if not any(shared_values(head, a) for a in self.attachments if a.enabled):
+                head.enable(True)
 
     def files(self, *names: str) -> list[AdapterFiles]:
         """Return what `save` writes, one entry a method.
@@ -365,12 +393,15 @@ def attach(
         raise MethodError("attach needs a method, such as LoRA()")
     require_name(name)
     tuned = model if isinstance(model, TunedModel) else TunedModel(model)
+    head = acting_head(tuned.attachments)
     with tuned.attaching():
         attaching = (
             (method, method.attach(tuned.model, tuned.sites, name=name))
             for method in chain(methods, head_of(tuned.model, tuned.sites))
         )
         for part in tuned.beside(attaching):
+            if isinstance(part[1], HeadAttachment):
+                part[1].start_from(head)
             tuned.put(Part(name, *part))
     return tuned
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -22,7 +24,18 @@ def positions_of(model: PreTrainedModel) -> int | None:
     """Return how many positions the model has, or None where nothing limits them."""
     config = model.config.get_text_config()
     # Not every architecture has the attribute: Bloom's ALiBi, for one, needs no limit.
-    return getattr(config, "max_position_embeddings", None)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else positions - _behind_padding(model)
+
+
+def _behind_padding(model: PreTrainedModel) -> int:
+    """Return how many rows of its table of positions a model leaves out.
+
+    RoBERTa and what descends from it count from behind the row of the padding token.
+    """
+    tables = [x for name, x in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [x.padding_idx for x in tables if isinstance(x, nn.Embedding)]
+    return max((row + 1 for row in padding if row is not None), default=0)
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -35,3 +48,10 @@ def context_length(model: PreTrainedModel) -> int | None:
         return None
     standing = [x for x in model.modules() if isinstance(x, TakesPositions) and x.enabled]
     return positions - sum(x.positions_taken() for x in standing)
+
+
+def longest_row(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a row may have; None where positions are computed, not looked up."""
+    config = model.config.get_text_config().to_dict()
+    computed = config.get("rope_parameters") or config.get("rope_theta")
+    return None if computed else context_length(model)

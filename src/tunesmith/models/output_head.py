@@ -50,7 +50,8 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     """Return the parts of `model` that its logits are computed from.
 
     Raises:
-        ModelError: the model has no linear output embedding over a backbone.
+        ModelError: the model has no linear output embedding over a backbone, or an adapter acts on
+            it.
     """
     head = model.get_output_embeddings()
     backbone = _backbone(model)
@@ -59,6 +60,13 @@ def output_head(model: PreTrainedModel) -> OutputHead:
             f"{type(model).__name__} has no linear language-model head over a backbone, which "
             "training on token log-probabilities needs; use a causal language model or an "
             "encoder-decoder"
+        )
+    # No method here hangs on a head, but PEFT's do.
+    if any(vars(child).get("enabled", True) for child in head.children()):
+        raise ModelError(
+            f"an adapter acts on the head of this {type(model).__name__}, and the loss reads the "
+            "head's own weight past it; merge the adapter into the base (model.adapter, or "
+            "export_model) and go on from there"
         )
     scale, softcap = _scale_and_softcap(model)
     bias = _added_to_logits(model) if head.bias is None else head.bias

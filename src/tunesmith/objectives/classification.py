@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.types import Batch
 
 Kind = Literal["single", "multi", "regression"]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Classification(Objective):
@@ -32,7 +33,7 @@ class Classification(Objective):
     labels: list[str] | None = Field(default=None, min_length=2)
     """Names of the classes, in the order of the model's outputs; none takes those of the training
     rows, sorted, and records them."""
-    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    class_weights: Literal["none", "balanced"] | dict[str, Weight] = "none"
     """Weight of a row by its label (kind single): balanced is rows / (classes x rows of the label);
     a mapping says it for each label, 1 for those not named."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)

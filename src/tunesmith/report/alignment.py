@@ -106,7 +106,9 @@ def _outcome(final: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
         f"The judge prefers {final['name']} to {before['name']} on {share:.0%} of the held-out "
         f"prompts; its mean reward is {final['reward']:.4g} against {before['reward']:.4g}."
     ]
-    if final["low"] <= before["reward"] <= final["high"]:
+    alone = (final["low"] - before["reward"], final["high"] - before["reward"])
+    low, high = final.get("ahead", {}).get(before["name"], alone)
+    if low <= 0 <= high:
         said.append(f"That difference of {final['name']} lies within the interval of chance.")
     if final["length"] > 1.5 * before["length"]:
         said.append(

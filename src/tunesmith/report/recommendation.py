@@ -55,6 +55,8 @@ def _nothing_learned(findings: Findings) -> list[str]:
 
 
 def _others(findings: Findings, best: FoundRow, equal: list[FoundRow]) -> str:
+    if len(findings.trained) == 1:
+        return "No other row has a result to compare it with."
     if best.low is None:
         return "Intervals could not be computed, so the order alone says little."
     names = [row.name for row in equal if row.name != best.name]

@@ -10,8 +10,14 @@ SHARES: Final = {
     "entity_f1", "entity_precision", "entity_recall",
 }  # fmt: skip
 """Metrics from 0 to 1 that are read as a percentage."""
-LESS_IS_BETTER: Final = {"loss", "perplexity", "mse"}
-NEITHER_IS_BETTER: Final = {"threshold", "kl", "length", "ended"}
+LESS_IS_BETTER: Final = {
+    "loss", "perplexity", "mse", "divergence", "absolute_error", "calibration_error",
+}  # fmt: skip
+NEITHER_IS_BETTER: Final = {
+    "threshold", "kl", "length", "ended", "chosen_reward", "rejected_reward", "chosen_log_prob",
+    "rejected_log_prob", "mean_reward", "reward_mean", "reward_std", "length_correlation",
+    "length_only_accuracy",
+}  # fmt: skip
 _NAMES: Final = {
     "bleu": "BLEU", "rouge_l": "ROUGE-L", "mcc": "MCC", "mse": "Mean squared error",
     "entity_f1": "Entity F1", "macro_f1": "Macro-F1", "micro_f1": "Micro-F1",

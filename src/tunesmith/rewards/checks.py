@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 
 from tunesmith.rewards.contract import RewardKind, Scored, column
 
-# 1,234.5 and 1234.5 are one number each; in "1, 2" and "10,20" the comma parts two.
+# 1,234.5, 1234.5 and .5 are one number each; in "1, 2" and "10,20" the comma parts two.
 _NUMBER: Final = re.compile(
-    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?"
+    r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 )
 _MINUS: Final = "\N{MINUS SIGN}"
 _FENCE: Final = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)

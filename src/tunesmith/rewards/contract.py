@@ -105,9 +105,11 @@ def column(row: Scored, name: str) -> Any:
     """Return a column of the row.
 
     Raises:
-        ValueError: the row has no such column; the message names those it has.
+        ValueError: the row has no such column, and the message names those it has; or it is null.
     """
     if name not in row.columns:
         known = ", ".join(row.columns) or "none"
         raise ValueError(f"there is no column {name!r}; the row's further columns are: {known}")
+    if row.columns[name] is None:
+        raise ValueError(f"the column {name!r} is null")
     return row.columns[name]

@@ -7,7 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
@@ -44,8 +44,12 @@ class Countdown(RewardKind):
     """Every number has to be used."""
 
     def score(self, row: Scored) -> float:
-        """Return 1.0, `partial` or 0.0."""
-        given = Counter(int(number) for number in column(row, self.numbers))
+        """Return 1.0, `partial` or 0.0.
+
+        Raises:
+            ValueError: the row has no list of numbers, or no target.
+        """
+        given = _whole_numbers(column(row, self.numbers), self.numbers)
         target = Fraction(str(column(row, self.target)))
         lines = (part_after(row.reply, self.after) or "").strip().splitlines()
         text = lines[-1].partition("=")[0].strip() if lines else ""
@@ -57,6 +61,15 @@ class Countdown(RewardKind):
         if not rightly:
             return 0.0
         return 1.0 if value == target else self.partial
+
+
+def _whole_numbers(value: Any, name: str) -> Counter[int]:
+    try:
+        if isinstance(value, list):
+            return Counter(map(int, value))
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"the column {name!r} is {value!r}; expected a list of numbers")
 
 
 def compute(text: str) -> tuple[Fraction, Counter[int]]:

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from tunesmith.errors import DataError, RewardError, SpecError
+from tunesmith.errors import RewardError, SpecError
 from tunesmith.rewards.contract import Attempt, OpenRun, RewardKind, Scored
 
 _CHILD: Final = str(Path(__file__).with_name("file_process.py"))
@@ -103,12 +103,8 @@ class _Caller:
             "replies": [row.reply for row in rows],
             "columns": {name: [row.columns.get(name) for row in rows] for name in names},
         }
-        try:
-            line = json.dumps(task).encode() + b"\n"
-        except TypeError as error:
-            raise DataError(
-                f"the columns of the prompts cannot be given to a reward: {error}"
-            ) from None
+        # Dates and the like, as Parquet has them, go as text.
+        line = json.dumps(task, default=str).encode() + b"\n"
         deadline = time.monotonic() + self.settings.timeout
         answer = self._answer(deadline) if self._send(line, deadline) else None
         if answer is None:

@@ -41,15 +41,22 @@ class JsonSchema(RewardKind):
         """Return 1.0 or 0.0.
 
         Raises:
-            ValueError: the row has no schema, or one that is none.
+            ValueError: the row has no schema, or one that is none or refers to what is not in it.
         """
+        from referencing.exceptions import Unresolvable
+
         shape = column(row, self.column) if self.shape is None else self.shape
         validator = _validator(json.loads(shape) if isinstance(shape, str) else shape)
         try:
             value = json.loads(last_fenced(row.reply))
         except (ValueError, RecursionError):
             return 0.0
-        return float(validator.is_valid(value))
+        try:
+            return float(validator.is_valid(value))
+        except OverflowError:  # a number like 1e999, of which jsonschema makes an infinity
+            return 0.0
+        except Unresolvable as error:
+            raise ValueError(f"the schema refers to {error.ref!r}, which is not in it") from None
 
 
 def _validator(shape: Any) -> Validator:

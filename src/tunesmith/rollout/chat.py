@@ -84,7 +84,7 @@ class _Sampler:
     ) -> None:
         self.greedy = temperature == 0
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.warpers = [] if self.greedy else [TemperatureLogitsWarper(temperature)]
+        self.warpers = [] if self.greedy else [TemperatureLogitsWarper(float(temperature))]
         if top_k > 0:
             self.warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1:

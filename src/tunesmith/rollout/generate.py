@@ -117,7 +117,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 def _sampling(temperature: float, *, top_p: float, top_k: int) -> dict[str, float]:
     if temperature == 0:
         return {"do_sample": False}
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    # Transformers refuses a whole number as temperature.
+    heat = float(temperature)
+    return {"do_sample": True, "temperature": heat, "top_p": top_p, "top_k": top_k}
 
 
 @torch.no_grad()
