@@ -106,6 +106,15 @@ def test_a_chain_runs_each_stage_once_and_judges_its_policies(
     assert again[:2] == ["sft: finished before", "dpo: finished before"]
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("summary.json")} == before
 
+    folder = tmp_path / "runs" / "chain" / "judged"
+    asked = {p: p.stat().st_mtime_ns for p in folder.glob("*.json")}
+    chain["judged"] |= {"policies": ["dpo"], "points": 0, "samples": 1}
+    align(load_alignment(written(chain, tmp_path)), str(path), again.append)
+    assert asked == {p: p.stat().st_mtime_ns for p in folder.glob("*.json")}
+    chain["judged"]["temperature"] = 0.1
+    align(load_alignment(written(chain, tmp_path)), str(path), again.append)
+    assert asked[folder / "dpo.json"] < (folder / "dpo.json").stat().st_mtime_ns
+
 
 def test_stages_that_need_nothing_of_each_other_run_at_once_and_are_all_judged(
     chain: dict[str, Any], tmp_path: Path

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tunesmith.jobs.align_spec import JudgedSettings
     from tunesmith.rewards.contract import RewardKind
 
+ELSEWHERE: Final = {"policies", "points", "samples"}
+"""Settings of judging that say who is asked and what is shown, and change nobody's replies."""
 BASE: Final = "base"
 """Name of the untuned model among the policies."""
 
@@ -94,7 +96,7 @@ def _replies(judging: Judging, policy: Policy) -> dict[str, Any]:
     wanted = {
         "policy": [policy.run.name, policy.tuned, policy.step],
         "of": summary.read_text(encoding="utf-8"),
-        "settings": judging.settings.model_dump(mode="json"),
+        "settings": judging.settings.model_dump(mode="json", exclude=ELSEWHERE),
     }
     if path.is_file():
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
