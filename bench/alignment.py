@@ -28,6 +28,7 @@ from readme import filled
 ROOT = Path(__file__).resolve().parents[1]
 FOUND = ROOT / "bench" / "results" / "alignment.json"
 PAGE = FOUND.with_suffix(".md")
+EXAMPLES = ROOT / "examples"
 FILLED = ("alignment.md", "rlhf-case-study.md")
 """Pages of docs/ with tables in them."""
 
@@ -87,8 +88,7 @@ def collected(
             facts = facts_of(place)
             if facts and progress(facts) >= progress(known):
                 found[place.name] = {"file": file, "command": command} | facts
-                example = ROOT / "examples" / f"{file}.yaml"
-                found[place.name]["changed"] = changed(place, example)
+                found[place.name]["changed"] = changed(place, EXAMPLES / f"{file}.yaml")
     return found
 
 

@@ -61,7 +61,8 @@ def changed(directory: Path, example: Path) -> list[str]:
     own = yaml.safe_load(file.read_text(encoding="utf-8"))
     asked = load_alignment(example) if chain else load_run_file(example).resolved()
     theirs = flat(yaml.safe_load(asked.to_yaml()))
-    move = Move.between(Path(theirs["output"]).absolute(), Path(own["output"]).absolute())
+    place = Path(theirs["output"]).absolute()
+    move = Move.between(place, Path(own.get("output", place)).absolute())
     return [
         f"{key}={value}"
         for key, value in flat(own).items()
