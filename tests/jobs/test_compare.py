@@ -333,6 +333,7 @@ def test_a_run_with_another_way_to_compute_its_steps_than_asked_for_does_not_cou
 ) -> None:
     comparison = load_comparison(comparison_file, ["run.engine.checkpointing=full"])
     run = comparison.run_of(comparison.rows()[0], comparison_file)
+    run = run.model_copy(update={"output": str(comparison.directory / "lora")})
     trial = Trial("lora", run, keep=False)
     trial.directory.path.mkdir(parents=True, exist_ok=True)
     trial.directory.summary.write_text("{}")
