@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
 IGNORE: Final = -100
 """Label of a position that is not supervised (the value PyTorch's cross-entropy skips)."""
+LOWER_IS_BETTER: Final = frozenset(
+    {"loss", "perplexity", "mse", "divergence", "absolute_error", "calibration_error"}
+)
+"""Metrics of which less is better; of all others, more is, or neither."""
 
 Batch: TypeAlias = dict[str, Any]
 """What a collator makes of rows and a model's forward takes, plus `labels`.

@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import SpecError
+from tunesmith.types import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from tunesmith.engine.step import StepResult
     from tunesmith.types import JSON
-
-LOWER_IS_BETTER = ("loss", "perplexity", "mse", "divergence", "error")
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,6 @@ class Pace:
 
 
 def _better(value: float, than: float, metric: str) -> bool:
-    if metric.endswith(LOWER_IS_BETTER):
+    if metric in LOWER_IS_BETTER:
         return value < than
     return value > than

@@ -22,8 +22,9 @@ from tunesmith.models.skeleton import config_of, kind_of
 from tunesmith.objectives import Classification
 from tunesmith.report.comparison import write_comparison_report
 from tunesmith.report.findings import Findings
-from tunesmith.report.words import LESS_IS_BETTER, duration
+from tunesmith.report.words import duration
 from tunesmith.spec import Run
+from tunesmith.types import LOWER_IS_BETTER
 
 Say = Callable[[str], None]
 Changes = dict[str, Any]
@@ -285,7 +286,7 @@ def _rate_trial(contest: _Contest, rate: float) -> Trial:
 
 
 def _best_rate(rates: dict[float, float], metric: str) -> float:
-    better = min if metric in LESS_IS_BETTER else max
+    better = min if metric in LOWER_IS_BETTER else max
     return better(rates, key=lambda rate: rates[rate])
 
 

@@ -13,7 +13,7 @@ from tunesmith.jobs.comparison_statistics import statistic_of
 from tunesmith.measure.paired import interval_of, over_seeds, resampled, two_sided_p
 from tunesmith.report.findings import Findings, FoundRow
 from tunesmith.report.record import read_record
-from tunesmith.report.words import LESS_IS_BETTER
+from tunesmith.types import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class Row:
 
 def findings_of(name: str, metric: str, rows: Sequence[Row]) -> Findings:
     """Return what the runs show: the table's rows in order, with intervals and p-values."""
-    higher = metric not in LESS_IS_BETTER
+    higher = metric not in LOWER_IS_BETTER
     found = {row.name: _found(row, metric) for row in rows}
     measured = [row for row in rows if found[row.name].quality is not None]
     samples = _resampled(measured, metric)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from tunesmith.types import LOWER_IS_BETTER
+
 SHARES: Final = {
     "accuracy", "token_accuracy", "exact_match", "macro_f1", "micro_f1", "best_micro_f1",
     "entity_f1", "entity_precision", "entity_recall",
 }  # fmt: skip
 """Metrics from 0 to 1 that are read as a percentage."""
-LESS_IS_BETTER: Final = {
-    "loss", "perplexity", "mse", "divergence", "absolute_error", "calibration_error",
-}  # fmt: skip
 NEITHER_IS_BETTER: Final = {
     "threshold", "kl", "length", "ended", "chosen_reward", "rejected_reward", "chosen_log_prob",
     "rejected_log_prob", "mean_reward", "reward_mean", "reward_std", "length_correlation",
@@ -64,7 +63,7 @@ def improved(name: str, before: float | None, after: float | None) -> bool | Non
     """Return whether a metric got better; None where it cannot be said."""
     if before is None or after is None or before == after or name in NEITHER_IS_BETTER:
         return None
-    return (after < before) == (name in LESS_IS_BETTER)
+    return (after < before) == (name in LOWER_IS_BETTER)
 
 
 def count(value: float) -> str:
