@@ -1,6 +1,7 @@
 """Prompts of runs that learn from the model's own replies: what is read, and what is left out."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,36 @@ def test_a_prompt_may_be_cut_instead(tmp_path: Path) -> None:
     found = prepare_asked(data, tokenizer, seed=0, reply_length=16, prompt_tokens=30)
     (row,) = found.train.take(1)
     assert len(row.input_ids) == 30
+
+
+def two_sources(folder: Path, **settings: Any) -> AskedData:
+    """Twelve prompts that begin with a, and four that begin with b and weigh three times a's."""
+    sources = []
+    for letter, count, weight in (("a", 12, 1.0), ("b", 4, 3.0)):
+        path = folder / f"{letter}.jsonl"
+        path.write_text("\n".join(json.dumps({"prompt": f"{letter}{n}"}) for n in range(count)))
+        sources.append(Source(path=str(path), weight=weight))
+    data = DataSettings(train=sources, **settings)
+    return prepare_asked(data, tiny_tokenizer(), seed=0, reply_length=16)
+
+
+def test_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
+    stream = two_sources(tmp_path, mixing="weighted").train
+    # The larger source once, and of the other three times as many: each of the four 9 times.
+    assert stream.rows_per_epoch == 12 + 36
+    taken = Counter(row.text for row in stream.take(48))
+    assert stream.epoch == 1.0
+    assert taken == {f"a{n}": 1 for n in range(12)} | {f"b{n}": 9 for n in range(4)}
+    assert two_sources(tmp_path).train.rows_per_epoch == 16
+
+
+def test_a_place_among_weighted_sources_is_found_again(tmp_path: Path) -> None:
+    one, other = (two_sources(tmp_path, mixing="weighted", holdout=3).train for _ in range(2))
+    one.take(one.rows_per_epoch + 5)
+    other.load_state_dict(one.state_dict())
+    assert [row.text for row in other.take(20)] == [row.text for row in one.take(20)]
+    with pytest.raises(DataError, match="prompts an epoch, and there are 13 now"):
+        two_sources(tmp_path, holdout=3).train.load_state_dict(one.state_dict())
 
 
 def turn(role: str, content: str) -> dict[str, str]:

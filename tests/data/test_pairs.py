@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tiny import tiny_tokenizer
+from pairs import write_rows
+from tiny import CHATML, CHATML_UNMARKED, tiny_tokenizer
 from tunesmith.data.pairs import PairRow, prepare_pairs
 from tunesmith.data.pairs_rows import dialogue
 from tunesmith.data.rows import samples_of
@@ -67,6 +68,26 @@ def test_only_the_last_reply_is_learned_from(tmp_path: Path) -> None:
     row = {"chosen": asked + " yes", "rejected": asked + " no"}
     (row,) = rows_of(tmp_path, [row]).train.take(1)
     assert replies(row) == ["yes<|im_end|>", "no<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_UNMARKED], ids=["marked", "unmarked"])
+def test_no_end_is_learned_of_an_unfinished_reply(tmp_path: Path, template: str) -> None:
+    full = {"role": "assistant", "content": "and so o", "unfinished": True}
+    rows = [
+        {"prompt": "ask", "chosen": "good", "rejected": full},
+        {"prompt": ASK, "chosen": [full], "rejected": [{**full, "unfinished": False}]},
+    ]
+    tokenizer = tiny_tokenizer(template)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = DataSettings(train=[Source(path=str(path))], shuffle=False)
+    data = prepare_pairs(settings, tokenizer, "pairs", seed=0)
+    first, second = data.train.take(2)
+    assert replies(first) == ["good<|im_end|>", "and so o"]
+    assert replies(second) == ["and so o", "and so o<|im_end|>"]
+    full_row, ended = samples_of(second)
+    assert ended.input_ids[:-1].tolist() == full_row.input_ids.tolist()
+    assert data.train_report.unfinished == 2
+    assert data.train_report.truncated == 0
 
 
 def test_a_ranking_gives_all_pairs_of_replies_that_differ_in_score(tmp_path: Path) -> None:

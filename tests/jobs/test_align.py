@@ -332,10 +332,12 @@ def test_a_pair_is_the_best_and_the_worst_and_ties_make_none() -> None:
     pairs = best_and_worst(
         asked,
         ["aa", "a", "aaa", "b", "c", "d"],
+        [True, False, True, True, False, True],
         lambda rows: [float(len(row.reply)) for row in rows],
     )
     turns = [{"role": "user", "content": "p"}]
-    assert pairs == [{"messages": turns, "chosen": "aaa", "rejected": "a"}]
+    full = {"role": "assistant", "content": "a", "unfinished": True}
+    assert pairs == [{"messages": turns, "chosen": "aaa", "rejected": full}]
 
 
 def test_ties_win_half() -> None:

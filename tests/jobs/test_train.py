@@ -26,6 +26,7 @@ from tunesmith import (
     TrainSettings,
 )
 from tunesmith.engine.settings import CheckpointSettings
+from tunesmith.errors import SpecError
 from tunesmith.jobs.merge import merge
 from tunesmith.methods.contract import Method
 from tunesmith.spec import load_run_file
@@ -309,3 +310,28 @@ def test_a_bfloat16_base_trains_with_float32_adapters(tmp_path: Path, rows: Path
         assert tunesmith.evaluate(result.directory.path)["tuned"]["loss"] == pytest.approx(
             result.summary["after"]["loss"], rel=1e-2
         )
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path: Path, rows: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    used = {
+        token
+        for row in map(json.loads, rows.read_text().splitlines())
+        for token in tokenizer(row["prompt"] + row["completion"])["input_ids"]
+    } | set(range(5))
+    directory = tmp_path / "few"
+    tiny_llama(vocab_size=max(used)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(SpecError, match=f"makes token {max(used)} .* tokens 0 to {max(used) - 1};"):
+        tunesmith.train(run_of(tmp_path, directory))
+    assert not (tmp_path / "runs" / "job").exists()
+
+
+def test_a_tokenizer_may_name_tokens_that_no_row_has(tmp_path: Path, rows: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    directory = tmp_path / "fewer"
+    tiny_llama(vocab_size=len(tokenizer) - 1).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    result = tunesmith.train(run_of(tmp_path, directory))
+    assert result.summary["after"]["loss"] < result.summary["before"]["loss"]

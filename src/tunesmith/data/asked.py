@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ from tunesmith.data.corpus import hold_out
 from tunesmith.data.formats import Layout, fill, layout_of, renamed
 from tunesmith.data.mixing import epoch_counts, epoch_order
 from tunesmith.data.pairs_rows import replies_of
-from tunesmith.data.prepare import PreparedData
+from tunesmith.data.prepare import PreparedData, warn_of_no_effect
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RawRow
 from tunesmith.data.sources import Located, locate
@@ -70,29 +71,37 @@ class AskedStream:
     """An endless order of prompts in which each epoch follows from seed and number alone."""
 
     def __init__(
-        self, rows: Sequence[Asked], report: AskedReport, settings: DataSettings, *, seed: int
+        self,
+        sources: Sequence[Sequence[Asked]],
+        report: AskedReport,
+        settings: DataSettings,
+        *,
+        seed: int,
     ) -> None:
-        self.rows = rows
+        self.rows = list(chain(*sources))
         self._report = report
         self._seed, self._shuffle = seed, settings.shuffle
+        self._sizes = [len(rows) for rows in sources]
+        weights = [source.weight for source in settings.train]
+        self._counts = epoch_counts(self._sizes, weights, settings.mixing)
         self._epoch = self._position = 0
         self._order = self._order_of(0)
 
     @property
     def rows_per_epoch(self) -> int:
-        """Prompts of an epoch."""
-        return len(self.rows)
+        """Prompts of an epoch, those that `data.mixing: weighted` repeats as often as they come."""
+        return len(self._order)
 
     @property
     def epoch(self) -> float:
         """Epochs taken so far."""
-        return self._epoch + self._position / len(self.rows)
+        return self._epoch + self._position / len(self._order)
 
     def take(self, count: int) -> list[Asked]:
         """Return the next `count` prompts, going on into the next epoch where one ends."""
         taken = []
         for _ in range(count):
-            if self._position == len(self.rows):
+            if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._order_of(self._epoch)
             taken.append(self.rows[int(self._order[self._position])])
@@ -111,8 +120,8 @@ class AskedStream:
         return self._report
 
     def state_dict(self) -> dict[str, JSON]:
-        """Return the place, and the number of prompts by which other data is noticed."""
-        return {"epoch": self._epoch, "position": self._position, "prompts": len(self.rows)}
+        """Return the place, and the prompts of an epoch, by which other data is noticed."""
+        return {"epoch": self._epoch, "position": self._position, "prompts": len(self._order)}
 
     def load_state_dict(self, state: dict[str, JSON]) -> None:
         """Go to the place where `state` was taken.
@@ -120,18 +129,18 @@ class AskedStream:
         Raises:
             DataError: the state was taken over other data.
         """
-        if state.get("prompts") != len(self.rows):
+        if state.get("prompts") != len(self._order):
             raise DataError(
-                f"the checkpoint was made with {state.get('prompts')} prompts, and there are "
-                f"{len(self.rows)} now; resume with the same data and data settings"
+                f"the checkpoint was made with {state.get('prompts')} prompts an epoch, and there "
+                f"are {len(self._order)} now; resume with the same data and data settings"
             )
         self._epoch, self._position = int(str(state["epoch"])), int(str(state["position"]))
         self._order = self._order_of(self._epoch)
 
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
-        sizes = [len(self.rows)]
-        counts = epoch_counts(sizes, [1.0], "concatenate")
-        return epoch_order(sizes, counts, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
+        return epoch_order(
+            self._sizes, self._counts, seed=self._seed, epoch=epoch, shuffle=self._shuffle
+        )
 
 
 @dataclass(frozen=True)
@@ -176,21 +185,25 @@ def prepare_asked(
     if settings.streaming or settings.packing:
         which = "streaming" if settings.streaming else "packing"
         raise DataError(f"data.{which}: prompts are all read before and stay apart; use false")
+    warn_of_no_effect(settings)
     reader = _Reader(
         settings, Renderer(tokenizer), settings.max_length - reply_length, prompt_tokens
     )
-    rows, report = reader.read(settings.train)
+    sources, report = reader.read(settings.train)
     held: list[Asked] = []
     held_report: AskedReport | None = None
     if settings.evaluation:
-        held, held_report = reader.read(settings.evaluation)
+        found, held_report = reader.read(settings.evaluation)
+        held = list(chain(*found))
     elif settings.holdout:
-        hashes = np.array([_hash(row) for row in rows], dtype=np.uint64)
-        flags = hold_out(hashes, holdout=settings.holdout, seed=settings.holdout_seed)
-        held = [row for row, flag in zip(rows, flags, strict=True) if flag]
-        rows = [row for row, flag in zip(rows, flags, strict=True) if not flag]
-        held_report, report = _report(report.sources, held), _report(report.sources, rows)
-    return AskedData(AskedStream(rows, report, settings, seed=seed), None, held, held_report)
+        hashes = np.array([_hash(row) for row in chain(*sources)], dtype=np.uint64)
+        flags = iter(hold_out(hashes, holdout=settings.holdout, seed=settings.holdout_seed))
+        flagged = [[(row, next(flags)) for row in rows] for rows in sources]
+        held = [row for rows in flagged for row, flag in rows if flag]
+        sources = [[row for row, flag in rows if not flag] for rows in flagged]
+        held_report = _report(report.sources, held)
+        report = _report(report.sources, list(chain(*sources)))
+    return AskedData(AskedStream(sources, report, settings, seed=seed), None, held, held_report)
 
 
 @dataclass(frozen=True)
@@ -200,21 +213,22 @@ class _Reader:
     longest: int
     prompt_tokens: int | None
 
-    def read(self, sources: Sequence[Source]) -> tuple[list[Asked], AskedReport]:
-        rows: list[Asked] = []
+    def read(self, sources: Sequence[Source]) -> tuple[list[list[Asked]], AskedReport]:
+        """Return the prompts of each source, and what they are like."""
+        found: list[list[Asked]] = []
         reports = []
         for source in sources:
-            found, report = self._source(locate(source))
-            rows += found
+            rows, report = self._source(locate(source))
+            found.append(rows)
             reports.append(report)
-        dropped, kept = sum(report.dropped for report in reports), len(rows)
-        if not rows or dropped > self.settings.max_dropped * (dropped + kept):
+        dropped, kept = sum(report.dropped for report in reports), sum(map(len, found))
+        if not kept or dropped > self.settings.max_dropped * (dropped + kept):
             raise DataError(
                 f"data.max_length: {dropped} of {dropped + kept} prompts have more than "
                 f"{self.longest} tokens, which max_length {self.settings.max_length} leaves beside "
                 "rollout.max_new_tokens; raise it, shorten replies, or raise data.max_dropped"
             )
-        return rows, _report(tuple(reports), rows)
+        return found, _report(tuple(reports), list(chain(*found)))
 
     def _source(self, located: Located) -> tuple[list[Asked], SourceReport]:
         reading = Reading(located.name, "prompts")

@@ -21,6 +21,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.rows import TokenRow
 from tunesmith.data.settings import DataSettings, Source
 from tunesmith.data.sources import locate
+from tunesmith.data.statistics import DataReport
 from tunesmith.data.stream import EpochStream
 from tunesmith.data.table import first_target
 from tunesmith.errors import DataError
@@ -64,6 +65,11 @@ class PairCorpus(InMemory[PairRow, Judged]):
         """Return 64 bits a sample, equal for equal prompts, (samples,) uint64."""
         found = [judged.prompt_hash for rows in self.origins for judged in rows]
         return np.array(found, dtype=np.uint64)
+
+    def report(self) -> DataReport:
+        """Return what the samples and their replies are like."""
+        unfinished = sum(judged.unfinished for rows in self.origins for judged in rows)
+        return replace(super().report(), unfinished=unfinished)
 
 
 def prepare_pairs(

@@ -3,7 +3,9 @@
 A row is one prompt and one or more replies to it, each a whole conversation that ends in its reply.
 Known are: chosen and rejected as text, as a message or as messages, with the prompt beside them
 (`prompt`, `instruction` and `input`, `messages`, `conversations`) or inside them, whole dialogues
-as Anthropic's HH writes them, replies with a score each, and single replies with a label.
+as Anthropic's HH writes them, replies with a score each, and single replies with a label. A reply
+given as a message may be `unfinished: true`, as samples are that were full before they ended: no
+end of the turn is learned from it.
 """
 
 from __future__ import annotations
@@ -64,6 +66,11 @@ class Judged:
         s = self.scores
         every = [(i, j) for i in range(len(s)) for j in range(len(s))]
         return [(i, j, s[i] - s[j]) for i, j in every if s[i] > s[j]]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a reply was cut off before its turn ended."""
+        return any(reply.messages[-1].get("unfinished") for reply in self.replies)
 
     @property
     def equal(self) -> bool:
@@ -232,6 +239,9 @@ def _said(
     # What the assistant said before the reply is read and not learned from.
     earlier = [m | {"weight": 0} if m["role"] == "assistant" else m for m in messages[:-1]]
     last = {key: value for key, value in messages[-1].items() if key != "weight"}
+    final = turns[-1] if isinstance(turns, list) else None
+    if isinstance(final, dict) and final.get("unfinished"):
+        last["unfinished"] = True
     system = row.get("system")
     return conversation(
         [*earlier, last],

@@ -123,7 +123,7 @@ def prepare(
         DataError: a source cannot be found, read or understood, a row is bad, or too many rows
             would be lost; the message names file, row or setting.
     """
-    _warn_of_no_effect(settings)
+    warn_of_no_effect(settings)
     if encoder_decoder and settings.packing:
         raise DataError(
             "data.packing: true: an encoder-decoder's samples are pairs of sequences, and packing "
@@ -269,7 +269,8 @@ def grouped(examples: Sequence[Prompt | None]) -> list[Prompt]:
     return list(found.values())
 
 
-def _warn_of_no_effect(settings: DataSettings) -> None:
+def warn_of_no_effect(settings: DataSettings) -> None:
+    """Warn of settings of the data that change nothing beside the others."""
     if settings.evaluation and settings.holdout:
         logger.warning("data.holdout has no effect: data.evaluation names the evaluation rows")
     weights = {source.weight for source in settings.train}

@@ -106,7 +106,10 @@ class Renderer:
         if any(m["content"] or m.get("tool_calls") for m in turns):
             for span in spans:
                 mask[self._run(encoded, span)] = True
-        return TokenRow(encoded.ids, mask, (len(encoded.ids),))
+        size = len(encoded.ids)
+        if sample.messages[-1].get("unfinished"):
+            size = self._run(encoded, spans[-1]).stop - 1  # without what ends the turn
+        return TokenRow(encoded.ids[:size], mask[:size], (size,))
 
     def prompt(self, sample: Sample) -> Prompt | None:
         """Return what comes before the last reply, and the reply; None where nothing asks."""

@@ -67,6 +67,8 @@ class DataReport:
     """Histogram of the samples' lengths before cutting."""
     also_in_training: int = 0
     """Evaluation only: samples whose prompt is also asked in training."""
+    unfinished: int = 0
+    """Judged replies only: rows with a reply that was cut off before its turn ended."""
     classes: tuple[tuple[str, int], ...] = ()
     """Classification only: how often each label occurs."""
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tunesmith.jobs.align_spec import OnlineSettings
     from tunesmith.rewards.contract import Reward
     from tunesmith.spec import Run
+    from tunesmith.types import JSON
 
 Say = Callable[[str], None]
 Pair = dict[str, Any]
@@ -105,7 +106,7 @@ def write_pairs(run: Run, this: Run, settings: tuple[OnlineSettings, int], pairs
     seeds = seeds_of(run.seed, len(repeated), first=first * online.samples)
     replies = asking.write([one.input_ids for one in repeated], how, seeds)
     texts = [said_text(asking.tokenizer, reply.tokens) for reply in replies]
-    found = best_and_worst(asked, texts, reward)
+    found = best_and_worst(asked, texts, [reply.ended for reply in replies], reward)
     if not found:
         raise DataError(
             f"{run.name}, round {number}: all replies to each of {len(asked)} prompts have equal "
@@ -114,12 +115,15 @@ def write_pairs(run: Run, this: Run, settings: tuple[OnlineSettings, int], pairs
     write_text(pairs, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found))
 
 
-def best_and_worst(asked: Sequence[Asked], texts: Sequence[str], reward: Reward) -> list[Pair]:
+def best_and_worst(
+    asked: Sequence[Asked], texts: Sequence[str], ended: Sequence[bool], reward: Reward
+) -> list[Pair]:
     """Return a pair for each prompt whose replies differ in reward: the best and the worst.
 
     Args:
         asked: the prompts.
         texts: their replies, equally many a prompt, in the order of the prompts.
+        ended: whether each ended by itself; where one was full, a pair teaches no end of it.
         reward: scores them.
     """
     samples = len(texts) // len(asked)
@@ -135,8 +139,13 @@ def best_and_worst(asked: Sequence[Asked], texts: Sequence[str], reward: Reward)
                 {
                     "messages": list(one.messages),
                     **({"tools": list(one.tools)} if one.tools else {}),
-                    "chosen": texts[best],
-                    "rejected": texts[worst],
+                    "chosen": _said(texts[best], ended=ended[best]),
+                    "rejected": _said(texts[worst], ended=ended[worst]),
                 }
             )
     return pairs
+
+
+def _said(text: str, *, ended: bool) -> JSON:
+    """Return a reply as a row of pairs has it."""
+    return text if ended else {"role": "assistant", "content": text, "unfinished": True}

@@ -16,6 +16,7 @@ from tunesmith.data.collate_taught import TaughtCollator
 from tunesmith.data.pairs_collate import JudgedCollator
 from tunesmith.errors import ModelError, SpecError
 from tunesmith.jobs.base import load_base
+from tunesmith.jobs.known_tokens import check_tokens
 from tunesmith.jobs.labelled import (
     check_lengths,
     classifies,
@@ -142,6 +143,7 @@ def assemble(run: Run, peers: Peers, progress: Callable[[str], None]) -> Assembl
     progress("attaching the method")
     tuned = with_roles(attach_seeded(model, run), run)
     check_lengths(run, model, data)
+    check_tokens(run, model, tokenizer, data)
     mixed = any(part.attachment.trains_base for part in tuned.parts)
     return Assembled(
         run=run,
@@ -218,6 +220,7 @@ def assembled_from(loaded: LoadedRun, data: PreparedData) -> Assembled:
     facts = prepare_tokenizer(loaded.tokenizer, loaded.run.model, chats=chats)
     model = loaded.tuned.model
     check_lengths(loaded.run, model, data)
+    check_tokens(loaded.run, model, loaded.tokenizer, data)
     return Assembled(
         run=loaded.run,
         tuned=loaded.tuned,

@@ -155,7 +155,8 @@ def end_of_turn(assembled: Assembled, rows: Sequence[TokenRow]) -> Proof:
     """The token that ends the assistant's turn is learned, or replies would never stop."""
     ends = set(assembled.facts.end_of_turn_ids)
     missing = sum(not ends & set(row.input_ids[row.supervised].tolist()) for row in rows)
-    cut = assembled.data.train_report.truncated > 0
+    report = assembled.data.train_report
+    cut = report.truncated + report.unfinished > 0
     names = ", ".join(repr(assembled.tokenizer.decode([token])) for token in sorted(ends))
     detail = f"{names} is supervised in {len(rows) - missing} of {len(rows)} rows"
     if missing:
