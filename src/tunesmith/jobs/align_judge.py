@@ -14,6 +14,7 @@ import numpy as np
 from tunesmith.engine.checkpoint import checkpoints, load_trainable, step_of
 from tunesmith.jobs.align_replies import Asked, Said, Writing, held_out_prompts, said_by
 from tunesmith.jobs.align_stages import digest
+from tunesmith.jobs.data_marks import data_hash
 from tunesmith.jobs.result import load_run
 from tunesmith.jobs.reward_runs import open_reward_run
 from tunesmith.jobs.run_directory import write_json
@@ -97,10 +98,17 @@ def _replies(judging: Judging, policy: Policy) -> dict[str, Any]:
         "policy": [policy.run.name, policy.tuned, policy.step],
         "of": summary.read_text(encoding="utf-8"),
         "settings": judging.settings.model_dump(mode="json", exclude=ELSEWHERE),
+        "data": data_hash(judging.settings.prompts),
     }
     if path.is_file():
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if known["made"] == wanted:
+        made = known["made"]
+        # Replies of before this was written down, and files that did not move along, say nothing.
+        if None in {made.get("data"), wanted["data"]}:
+            made, now = made | {"data": None}, wanted | {"data": None}
+        else:
+            now = wanted
+        if made == now:
             return known
     asked, said = _ask(judging, policy)
     found = {

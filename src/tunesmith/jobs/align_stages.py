@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import TrainingError, TunesmithError
+from tunesmith.jobs.data_marks import data_line
 from tunesmith.jobs.moved import same_but_moved
 from tunesmith.jobs.processes import alone, end_with_parent
 from tunesmith.jobs.run_directory import RunDirectory, clear, write_text
@@ -40,9 +41,9 @@ class Step:
         return self.run.directory.with_name(f"{self.run.name}.asked.yaml")
 
     def to_text(self) -> str:
-        """Return the run file with the marks of what it builds on."""
+        """Return the run file with the marks of what it builds on and what its data holds."""
         marks = [f"# {path.name} {digest(path)}\n" for path in self.needs]
-        return "".join([*marks, self.run.to_yaml()])
+        return "".join([*marks, data_line(self.run.data), self.run.to_yaml()])
 
     def begun(self) -> bool:
         """Return whether exactly this was begun, here or where the chain lay before."""

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from tunesmith.errors import SpecError, TunesmithError
+from tunesmith.jobs.data_marks import data_line, same_data
 from tunesmith.jobs.features_spec import FeatureRun, FeatureSettings
 from tunesmith.jobs.moved import same_but_moved
 from tunesmith.jobs.processes import end_with_parent
@@ -80,14 +81,18 @@ class Trial:
     def finished(self) -> bool:
         """Return whether this run lies there whole.
 
-        It does where what was asked for then is what is asked for now. Settings that came later
-        had their defaults then, and `auto` in one of `SAME_STEP` is content with any choice.
+        It does where what was asked for then is what is asked for now, of files that hold what they
+        held. Settings that came later had their defaults then, and `auto` in one of `SAME_STEP` is
+        content with any choice.
         """
         if not (self.directory.summary.is_file() and self.asked.is_file()):
             return False
-        then = self._as_asked(self.asked.read_text(encoding="utf-8"))
-        return then is not None and same_but_moved(
-            then.to_yaml(), _with_choices_of(then, self).to_yaml()
+        text = self.asked.read_text(encoding="utf-8")
+        then = self._as_asked(text)
+        return (
+            then is not None
+            and same_data(text, data_line(self.run.data))
+            and same_but_moved(then.to_yaml(), _with_choices_of(then, self).to_yaml())
         )
 
     def _as_asked(self, text: str) -> Trial | None:
@@ -185,9 +190,10 @@ def _train(trial: Trial) -> None:
     end_with_parent()
     with trial.log.open("w", encoding="utf-8") as file, _printing_to(file.fileno()):
         try:
+            data = data_line(trial.run.data)
             _work(trial)
             _clean(trial.directory, keep=trial.keep)
-            write_text(trial.asked, trial.to_yaml())
+            write_text(trial.asked, data + trial.to_yaml())
         except TunesmithError as error:
             write_text(trial.failure, f"{error}\n")
             sys.exit(error.exit_code)

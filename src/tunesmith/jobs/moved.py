@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from tunesmith.jobs.data_marks import MARK, same_data
 from tunesmith.spec import Run, validate
 from tunesmith.yaml_text import Place
 
@@ -59,17 +60,24 @@ def where_it_is(run: Run, directory: Path) -> Run:
 
 
 def same_but_moved(before: str, now: str) -> bool:
-    """Return whether two YAML texts with an `output` differ at most by where the outputs lie."""
+    """Return whether two YAML texts with an `output` differ at most by where the outputs lie.
+
+    What their data held is compared where both say it; files that did not move along are not there.
+    """
     if before == now:
         return True
-    comments = [[line for line in text.splitlines() if line[:1] == "#"] for text in (before, now)]
+    comments = [
+        [line for line in text.splitlines() if line[:1] == "#" and not line.startswith(MARK)]
+        for text in (before, now)
+    ]
     try:
         values = [yaml.safe_load(text) for text in (before, now)]
     except yaml.YAMLError:  # it was cut off
         return False
     if not all(isinstance(value, Mapping) and "output" in value for value in values):
         return False
-    return comments[0] == comments[1] and not any(differences(*values))
+    alike = comments[0] == comments[1] and same_data(before, now)
+    return alike and not any(differences(*values))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Place]:
