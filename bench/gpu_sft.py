@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quantize", default="none", help="none, fp8, nf4 or int8")
     parser.add_argument("--products", default="dtype", help="dtype or float8, with nf4")
     parser.add_argument(
-        "--checkpointing", default="none", help="none, selective, full, offload or auto"
+        "--checkpointing", default="none", help="none, selective, attention, full, offload or auto"
     )
     parser.add_argument("--tokens", default="4x2048", help="rows at once x tokens a row")
     parser.add_argument("--data", default="full", choices=("full", "alpaca"))

@@ -72,7 +72,7 @@ ROWS = {
     "lora-fp8": Row("LoRA, fp8 base, memory free", (FP8,), target=25_000, limit=46),
     "lora-20": Row(
         "LoRA within 20 GiB",
-        (Job(speed="auto", quantize="fp8", checkpointing="auto", limit=20.0),),
+        variants(Job(speed="auto", quantize="fp8", limit=20.0), "attention", "auto"),
         target=17_000,
         limit=20,
         peers=(("trl-liger", "--gc", "1"),),
@@ -86,7 +86,7 @@ ROWS = {
     ),
     "long": Row(
         "one sequence of 32,768 tokens",
-        (Job(**asdict(LONG) | {"quantize": "fp8", "checkpointing": "auto", "limit": 40.0}),),
+        variants(Job(**asdict(LONG) | {"quantize": "fp8", "limit": 40.0}), "attention", "auto"),
         target=8_500,
         limit=40,
         peers=(("trl-liger", "--bs", "1", "--seq", "32768"),),

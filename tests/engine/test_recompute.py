@@ -22,7 +22,7 @@ from tunesmith.errors import ModelError
 from tunesmith.types import Batch, LossTerms
 
 CPU = torch.device("cpu")
-MODES = pytest.mark.parametrize("mode", ["selective", "full", "offload"])
+MODES = pytest.mark.parametrize("mode", ["selective", "attention", "full", "offload"])
 
 
 def settings(mode: str) -> EngineSettings:
@@ -99,11 +99,13 @@ def backward_operations(mode: str) -> Counter[str]:
     return counting.counted
 
 
-def test_selective_computes_only_what_is_between_the_matrix_products_again() -> None:
-    none, selective, full = map(backward_operations, ("none", "selective", "full"))
+def test_each_mode_computes_again_what_it_does_not_keep() -> None:
+    modes = ("none", "selective", "attention", "full")
+    none, selective, keeping, full = map(backward_operations, modes)
     attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert none["aten::mm"] == selective["aten::mm"] < full["aten::mm"]
     assert (none[attention], selective[attention], full[attention]) == (0, 0, 2)
+    assert keeping == full - Counter({attention: 2})
     assert (none["aten::silu"], selective["aten::silu"], full["aten::silu"]) == (0, 2, 2)
 
 
@@ -153,7 +155,10 @@ class Short(nn.Module):
 
 @pytest.mark.parametrize(
     ("until", "last"),
-    [(Level("selective"), "selective"), (Level("full", 0.5), "full in 50.0% of the blocks")],
+    [
+        (Level("selective"), "selective"),
+        (Level("attention", 0.5), "attention in 50.0% of the blocks"),
+    ],
 )
 def test_auto_recomputes_as_little_as_fits(until: Level, last: str, tmp_path: Path) -> None:
     events: list[Event] = []

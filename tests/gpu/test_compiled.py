@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 
 from families import FAMILIES
 from numerics.matrix import ROWS, base, method_of, tokens, trained
+from tiny import tiny_llama
 from tunesmith.engine.blocks import Blocks, training_blocks
 from tunesmith.engine.host_copies import HostCopies
 from tunesmith.engine.settings import EngineSettings
@@ -29,6 +30,9 @@ from tunesmith.methods.child import base_parameters
 from tunesmith.methods.storage import load_adapter
 from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.attention import enable_segments
+from tunesmith.models.quantize import quantise
+from tunesmith.models.settings import ModelSettings
+from tunesmith.ops.fp8_linear import CAPABILITY
 
 pytestmark = [
     pytest.mark.gpu,
@@ -215,7 +219,7 @@ def test_merged_is_unmerged(case: Case) -> None:
         assert torch.equal(logits(case), unmerged)
 
 
-@pytest.mark.parametrize("checkpointing", ["full", "offload"])
+@pytest.mark.parametrize("checkpointing", ["attention", "full", "offload"])
 def test_computing_again(case: Case, checkpointing: str) -> None:
     check(case.family, "lora", case.tuned, checkpointing)
 
@@ -250,6 +254,51 @@ def test_values_and_gradients_of_every_way_into_a_block(method: str, family: str
 def test_selective_recomputation_of_a_compiled_block() -> None:
     torch._dynamo.reset()
     check("llama", "lora", tuned_of("llama", "lora"), "selective")
+
+
+def coded(kind: str, products: str) -> TunedModel:
+    """LoRA that acts, on a Llama wide enough for every kernel of codes."""
+    torch.manual_seed(0)
+    model = tiny_llama(hidden_size=256, intermediate_size=512, initializer_range=0.05).bfloat16()
+    settings = {"name": "tiny", "quantize": kind, "products": products}
+    quantise(model, ModelSettings.model_validate(settings), device="cuda")
+    tuned = trained(attach(model.to(CUDA), LoRA(rank=4)))
+    tuned.model.train()
+    return tuned
+
+
+def kept_and_gradients(tuned: TunedModel, checkpointing: str) -> tuple[int, Tensor]:
+    """Bytes between the passes, and all gradients one after another (numbers,) float32."""
+    ids = tokens(2, 45).to(CUDA)  # no multiple of 8, and nor are the rows of a product
+    with running(tuned, checkpointing=checkpointing):
+        for _ in range(2):  # the first compiles, and products take their workspaces
+            tuned.model.zero_grad()
+            before = torch.cuda.memory_allocated()
+            loss = tuned.model(input_ids=ids, labels=ids).loss
+            kept = torch.cuda.memory_allocated() - before
+            loss.backward()
+    return kept, torch.cat([p.grad.flatten().float() for p in tuned.trainable().values()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "products"),
+    [("none", "dtype"), ("fp8", "dtype"), ("nf4", "dtype"), ("nf4", "float8")],
+)
+def test_blocks_that_keep_attention_alone(kind: str, products: str) -> None:
+    float8 = "float8" in products or kind == "fp8"
+    if float8 and torch.cuda.get_device_capability() < CAPABILITY:
+        pytest.skip("needs a GPU of compute capability 8.9")
+    torch._dynamo.reset()
+    tuned = coded(kind, products)
+    most, expected = kept_and_gradients(tuned, "none")
+    some, found = kept_and_gradients(tuned, "attention")
+    least, _ = kept_and_gradients(tuned, "full")
+    # Kernels are joined otherwise, which rounds elsewhere, with float8 to the next code at times.
+    assert float((found - expected).norm() / expected.norm()) < (0.2 if float8 else 0.05)
+    assert least < some < most
+    # The output in bfloat16, and a float32 of each head.
+    output = 2 * 45 * (2 * 256 + 4 * tuned.model.config.num_attention_heads)
+    assert some - least < 1.5 * len(tuned.sites.blocks) * output
 
 
 def packed(lengths: list[int]) -> dict[str, Any]:

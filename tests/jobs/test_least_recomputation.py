@@ -7,7 +7,7 @@ from tunesmith.engine.blocks import Level, levels_of
 from tunesmith.engine.settings import EngineSettings
 from tunesmith.jobs.least_recomputation import least, room_on
 
-PLANNED = {"none": 1000, "selective": 850, "full": 200, "offload": 100}
+PLANNED = {"none": 1000, "selective": 850, "attention": 400, "full": 200, "offload": 100}
 LEVELS = levels_of(EngineSettings(), compiled=False)
 
 
@@ -16,8 +16,9 @@ LEVELS = levels_of(EngineSettings(), compiled=False)
     [
         (2000, Level(None)),
         (1020, Level("selective")),  # 1000 would leave 2 %
-        (850, Level("full", 0.25)),  # 1000 - 800 / 4 = 800, under 95 % of it
-        (300, Level("full", 1.0)),
+        (850, Level("attention", 0.375)),  # 1000 - 3/8 600 = 775, under 95 % of it
+        (430, Level("attention")),
+        (300, Level("full")),
         (50, Level("offload")),
     ],
 )

@@ -75,19 +75,19 @@ def test_remedies_are_enough_and_none_is_given_where_it_fits(tiny_model: Path) -
 def test_no_remedy_is_given_that_is_not_needed(tiny_model: Path) -> None:
     run = run_of(tiny_model, LoRA())
     planned = plan(run, device="cuda")
-    full = plan(run_of(tiny_model, LoRA(), checkpointing="full"), device="cuda").alone.peak
-    # Selective recomputation is cheaper and tried first, and does not suffice: full replaces it.
-    assert [r.change for r in remedies(planned, full)] == ["engine.checkpointing=full"]
+    alone = plan(run_of(tiny_model, LoRA(), checkpointing="attention"), device="cuda").alone.peak
+    # Selective recomputation is cheaper and tried first, and does not suffice: this replaces it.
+    assert [r.change for r in remedies(planned, alone)] == ["engine.checkpointing=attention"]
 
 
 def test_checkpointing_keeps_less_the_more_it_computes_again(tiny_model: Path) -> None:
     # Full: beside a frozen map of so few columns, LoRA's products are more than what they read.
     kept = [
         plan(run_of(tiny_model, Full(), checkpointing=mode), device="cuda").alone.activations
-        for mode in ("none", "selective", "full")
+        for mode in ("none", "selective", "attention", "full")
     ]
     assert kept == sorted(kept, reverse=True)
-    assert len(set(kept)) == 3
+    assert len(set(kept)) == 4
 
 
 @pytest.mark.parametrize("codes", ["fp8", "nf4", "int8"])

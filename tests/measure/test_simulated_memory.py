@@ -1,5 +1,6 @@
 """The simulated step against bytes counted by hand, and against what a real step keeps."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -114,13 +115,26 @@ def test_a_block_as_graphs_keeps_less_than_as_it_is_written() -> None:
     assert compiled.activations < plain.activations
 
 
-def compiled_step(*, graphs: bool) -> StepMemory:
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_block_that_keeps_attention_keeps_little_beside_its_input(graphs: bool) -> None:
+    full, keeping = (compiled_step(graphs=graphs, mode=mode) for mode in ("full", "attention"))
+    tokens = batch()["input_ids"].numel()
+    # The output, and the logarithm of the sum of exponentials of each head.
+    numbers = tokens * (SIZES["hidden_size"] + SIZES["num_attention_heads"])
+    expected = 4 * SIZES["num_hidden_layers"] * numbers
+    assert keeping.activations - full.activations == pytest.approx(expected, rel=0.02)
+    assert keeping.peak < compiled_step(graphs=graphs).peak
+
+
+def compiled_step(*, graphs: bool, mode: str = "none") -> StepMemory:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
     attach(model, LoRA())
     model.train()
     known: Graphs = {}
-    engine = EngineSettings(speed="compiled" if graphs else "safe", checkpointing="none")
+    engine = EngineSettings.model_validate(
+        {"speed": "compiled" if graphs else "safe", "checkpointing": mode}
+    )
     with training_blocks(
         model,
         list(model.model.layers),

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
 
-from tunesmith.engine.compiled import CompiledCall, GraphError, compiles, compiling
+from tunesmith.engine.compiled import (
+    CompiledCall,
+    GraphError,
+    Mark,
+    attention_alone,
+    compiles,
+    compiling,
+)
 from tunesmith.engine.recompute import Mode, Recompute, recompute_of, without_cache
 from tunesmith.errors import ModelError
 from tunesmith.ops.loss_by_logits import plain_loss
@@ -21,7 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.types import Batch
 
 SHARES: Final = 8
-"""In how many steps `auto` goes from recomputing no block to recomputing all of them."""
+"""In how many steps `auto` goes from no block that recomputes to all of them."""
 
 
 class Level(NamedTuple):
@@ -59,6 +66,9 @@ class BlockCall(Protocol):
     def make_dynamic(self) -> None:
         """Serve every length from now on."""
 
+    def mark(self, mark: Mark | None) -> None:
+        """Let `mark` say what is kept for the backward pass; None leaves it to the compiler."""
+
 
 class TrainingBlock:
     """What is called in the place of one block."""
@@ -76,8 +86,8 @@ class TrainingBlock:
         if not self.module.training or kwargs.get("past_key_values") is not None:
             # Generation and measurement: a length of their own each time, and a cache that grows.
             return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        # A compiled block chooses what it keeps by itself, see `compiling`.
-        inside = self.mode == "selective" and self.compiled is not None
+        # A compiled block keeps these by itself, see `compiling` and `Mark`.
+        inside = self.mode in {"selective", "attention"} and self.compiled is not None
         if self.recompute is None or inside or not torch.is_grad_enabled():
             return self._run(*args, **kwargs)
         return self.recompute(self._run, args, kwargs)
@@ -187,7 +197,9 @@ class Blocks:
         again = None if level.mode is None else recompute_of(level.mode)
         for index, block in enumerate(self._blocks):
             block.recompute = again if index < count else None
-            block.mode = level.mode
+            block.mode = level.mode if index < count else None
+            if block.compiled is not None:
+                block.compiled.mark(attention_alone() if block.mode == "attention" else None)
 
     def _fails(self, path: str, reason: str) -> None:
         # Blocks of one kind fail for one reason, and saying it once is enough.
@@ -261,10 +273,13 @@ def levels_of(settings: EngineSettings, *, compiled: bool) -> list[Level]:
         return [Level(None)]
     if settings.checkpointing != "auto":
         return [Level(settings.checkpointing)]
-    shares = [Level("full", (index + 1) / SHARES) for index in range(SHARES)]
-    # Compiled blocks compute the pointwise again as it is, wherever that costs no time.
-    selective = [] if compiled else [Level("selective")]
-    return [Level(None), *selective, *shares, Level("offload")]
+    # Compiled blocks compute the pointwise again as it is, wherever that costs no time. What they
+    # gain by keeping attention alone has not been measured on a GPU, so auto does not rely on it.
+    before: list[Level] = [] if compiled else [Level("selective")]
+    mode: Mode = "full" if compiled else "attention"
+    shares = [Level(mode, (index + 1) / SHARES) for index in range(SHARES)]
+    after = [] if compiled else [Level("full")]
+    return [Level(None), *before, *shares, *after, Level("offload")]
 
 
 def _shapes(batch: Batch) -> tuple[Any, ...]:

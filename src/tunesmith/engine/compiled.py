@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -15,6 +15,7 @@ from tunesmith.models.zoo import cache_dir
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.fx import Graph
 
     from tunesmith.engine.settings import EngineSettings
 
@@ -23,6 +24,10 @@ RECOMPILE_LIMIT: Final = 64
 _CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
 BACKEND = "inductor"
 """PyTorch's compiler; `eager` captures graphs and runs them as they are."""
+
+
+Mark: TypeAlias = Callable[["Graph"], None]
+"""Says of a graph of both passes what is kept; two that say the same are equal."""
 
 
 class GraphError(Exception):
@@ -39,7 +44,9 @@ class CompiledCall:
     def __init__(self, block: nn.Module, *, backend: str | None = None) -> None:
         self._block = block
         self._backend = backend or BACKEND
-        self._call = self._compile(dynamic=False)
+        self._dynamic = False
+        self._mark: Mark | None = None
+        self._call = self._compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block.
@@ -58,10 +65,26 @@ class CompiledCall:
 
     def make_dynamic(self) -> None:
         """Serve every length with one graph from now on."""
-        self._call = self._compile(dynamic=True)
+        self._dynamic = True
+        self._call = self._compile()
 
-    def _compile(self, *, dynamic: bool) -> Callable[..., Any]:
-        return torch.compile(_whole, fullgraph=True, dynamic=dynamic, backend=self._backend)
+    def mark(self, mark: Mark | None) -> None:
+        """Let `mark` say what is kept for the backward pass; None leaves it to the compiler."""
+        if mark != self._mark:
+            self._mark = mark
+            self._call = self._compile()
+
+    def _compile(self) -> Callable[..., Any]:
+        # Graphs are kept apart by their options, so that blocks that keep different things can
+        # share code. A backend that generates none cuts no graph in two either.
+        mark = self._mark if self._backend == "inductor" else None
+        return torch.compile(
+            _whole,
+            fullgraph=True,
+            dynamic=self._dynamic,
+            backend=self._backend,
+            options=None if mark is None else {"joint_custom_post_pass": mark},
+        )
 
 
 def _whole(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -128,6 +151,13 @@ def _merge_products() -> Any:
     from tunesmith.engine.narrow_products import MergeNarrowProducts
 
     return MergeNarrowProducts()
+
+
+def attention_alone() -> Mark:
+    """Return what lets a block keep what attention returned, and nothing else that it computed."""
+    from tunesmith.engine.kept_attention import KeepAttention
+
+    return KeepAttention()
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class MergeNarrowProducts(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """Merge what can be merged in `graph`, in its place."""
-        late = _after(node for node in graph.nodes if "tangents" in str(node.target))
+        late = nodes_after(node for node in graph.nodes if "tangents" in str(node.target))
         for group in _groups(_products(graph), lambda mm: _shared_left(mm, late)):
             _merge_columns(graph, group)
         for group in _groups(_products(graph), lambda mm: _shared_right(mm, late)):
@@ -62,11 +62,11 @@ def _groups(nodes: Iterable[Node], key: Callable[[Node], Any]) -> list[list[Node
 
 
 def _independent(group: list[Node]) -> bool:
-    after = _after(group)
+    after = nodes_after(group)
     return not any(node in after for node in group)
 
 
-def _after(nodes: Iterable[Node]) -> set[Node]:
+def nodes_after(nodes: Iterable[Node]) -> set[Node]:
     """Return everything that needs one of `nodes`."""
     found: set[Node] = set()
     waiting = list(nodes)

@@ -19,11 +19,21 @@ from tunesmith.engine.host_copies import HostCopies
 if TYPE_CHECKING:
     from torch import nn
 
-Mode = Literal["selective", "full", "offload"]
+Mode = Literal["selective", "attention", "full", "offload"]
 Recompute: TypeAlias = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
 """Runs call(*args, **kwargs) and arranges what its backward pass finds."""
 
-KEPT: Final = frozenset(
+ATTENTION: Final = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+    }
+)
+"""Operations that are attention as a whole, whose time grows with the square of the length."""
+PRODUCTS: Final = frozenset(
     {
         "aten::mm",
         "aten::addmm",
@@ -32,41 +42,49 @@ KEPT: Final = frozenset(
         "aten::_scaled_mm",
         "aten::_grouped_mm",
         "tunesmith::scaled_product",
-        "aten::_scaled_dot_product_flash_attention",
-        "aten::_scaled_dot_product_flash_attention_for_cpu",
-        "aten::_scaled_dot_product_efficient_attention",
-        "aten::_scaled_dot_product_cudnn_attention",
-        "torch_attn::_varlen_attn",
     }
 )
-"""Operations whose results cost too much to compute twice."""
+"""Matrix products; with attention, the operations whose results cost most to compute twice."""
 
 
 def recompute_of(mode: Mode) -> Recompute:
     """Return what runs a block so that its backward pass recomputes as `mode` says.
 
     All give the gradients that keeping everything gives (Chen et al. 2016, arXiv:1604.06174):
-    full keeps the block's input, offload keeps it in the host's memory, and selective keeps besides
-    what matrix products and attention return (Korthikanti et al. 2022, arXiv:2205.05198).
+    full keeps the block's input, offload keeps it in the host's memory, attention keeps besides
+    what attention returns, and selective what matrix products and attention return (Korthikanti et
+    al. 2022, arXiv:2205.05198).
     """
     if mode == "offload":
         return offloaded(HostCopies())
-    return _selective if mode == "selective" else _full
+    if mode == "full":
+        return _full
+    return partial(_keeping, ATTENTION if mode == "attention" else ATTENTION | PRODUCTS)
 
 
 def _full(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return checkpoint(partial(call, **kwargs), *args, use_reentrant=False)
 
 
-def _selective(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
+def _keeping(
+    kept: frozenset[str], call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
     return checkpoint(partial(call, **kwargs), *args, use_reentrant=False, context_fn=contexts)
 
 
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    del context, args, kwargs
-    keep = operation.name().partition(".")[0] in KEPT
+def _policy(
+    kept: frozenset[str], context: Any, operation: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    del context
+    keep = operation.name().partition(".")[0] in kept and not _drops(operation, args, kwargs)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _drops(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether attention drops weights: left out, it leaves its numbers to later dropout."""
+    names = [argument.name for argument in operation._schema.arguments]
+    return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p"))
 
 
 def offloaded(copies: HostCopies) -> Recompute:

@@ -95,11 +95,11 @@ class EngineSettings(Settings):
     """Compile every block of the model as one graph (compiled), or run blocks, loss and attention
     by the plain code that serves every case (safe); auto compiles on CUDA. A block that is no
     single graph runs as it is, with a warning that says why; so do all under fsdp."""
-    checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
+    checkpointing: Literal["auto", "none", "selective", "attention", "full", "offload"] = "auto"
     """What the backward pass computes again instead of having it kept: nothing (none), all but
-    matrix products and attention (selective), whole blocks (full), whole blocks whose inputs wait
-    in the host's memory (offload). auto begins with the least that is planned to fit, and goes on
-    where memory runs out."""
+    matrix products and attention (selective), all but attention (attention), whole blocks (full),
+    whole blocks whose inputs wait in the host's memory (offload). auto begins with the least that
+    is planned to fit, and goes on where memory runs out."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes the first accelerator there is."""
     distribution: Literal["auto", "ddp", "fsdp"] = "auto"

@@ -70,11 +70,12 @@ def least(levels: Sequence[Level], peak_of: Callable[[str], int], room: int) -> 
     """
 
     def peak(level: Level) -> int:
-        if level.mode != "full":
-            return peak_of(level.mode or "none")
+        whole = peak_of(level.mode or "none")
+        if level.share == 1:
+            return whole
         # Every block keeps alike, so a share of them saves that share.
-        none, full = peak_of("none"), peak_of("full")
-        return round(none + level.share * (full - none))
+        none = peak_of("none")
+        return round(none + level.share * (whole - none))
 
     for level in levels:
         if peak(level) <= ROOM * room:

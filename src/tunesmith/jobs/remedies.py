@@ -73,6 +73,8 @@ def _changes(planned: Plan) -> Iterator[_Change]:
         yield _set(
             "engine.checkpointing", "selective", "all but matrix products and attention twice"
         )
+    if recomputes and checkpointing in {"none", "auto", "selective"}:
+        yield _set("engine.checkpointing", "attention", "all but attention twice")
     if recomputes and checkpointing not in {"full", "offload"}:
         yield _set("engine.checkpointing", "full", "one more forward pass a step, about a third")
     for _ in range(int(math.log2(run.train.batch_size))):

@@ -9,13 +9,17 @@ without a GPU and without generating code.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.replace_random import replace_random_passes
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.stateless import _reparametrize_module
@@ -42,17 +46,20 @@ class SimulatedGraph:
     def __init__(self, block: nn.Module, graphs: Graphs) -> None:
         self._block = block
         self._graphs = graphs
+        self._mark: Callable[[fx.Graph], None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block's graph, or the block as it is where it is no single graph."""
         reached = _reached(self._block)
         held = {**dict(reached.named_parameters()), **dict(reached.named_buffers())}
         leaves, structure = tree_flatten((args, kwargs))
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        tensors = [*held.values(), *given]
-        key = (type(self._block), *held, str(structure), *map(_kind, leaves), *map(_kind, tensors))
+        tensors = [*held.values(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
+        kinds = (str(structure), *map(_kind, leaves), *map(_kind, tensors))
+        key = (type(self._block), self._mark, *held, *kinds)
         if key not in self._graphs:
-            self._graphs[key] = _traced(reached, list(held), (leaves, structure), tensors)
+            cut = partial(_partitioned, self._mark)
+            given = (leaves, structure)
+            self._graphs[key] = _traced(reached, list(held), given, tensors, cut=cut)
         graph = self._graphs[key]
         if graph is None:
             return self._block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -60,6 +67,10 @@ class SimulatedGraph:
 
     def make_dynamic(self) -> None:
         """Nothing: every row of a plan is as long as the longest."""
+
+    def mark(self, mark: Callable[[fx.Graph], None] | None) -> None:
+        """Let `mark` say what is kept for the backward pass; None leaves it to the partitioner."""
+        self._mark = mark
 
 
 def _reached(block: nn.Module) -> nn.ModuleList:
@@ -87,6 +98,8 @@ def _traced(
     names: Sequence[str],
     given: tuple[Sequence[Any], Any],
     tensors: Sequence[Tensor],
+    *,
+    cut: Callable[..., Any],
 ) -> Callable[..., Any] | None:
     """Return both passes of a block as graphs behind one function of its tensors.
 
@@ -95,6 +108,7 @@ def _traced(
         names: of its parameters and buffers, the first of `tensors`.
         given: the leaves and the structure of the call's arguments.
         tensors: parameters, buffers, and those of the leaves that are tensors.
+        cut: makes the graphs of both passes from their joint graph.
     """
     leaves, structure = given
     block = reached[0]
@@ -111,7 +125,7 @@ def _traced(
         call,
         fw_compiler=_compiled,
         bw_compiler=_compiled,
-        partition_fn=_partitioned,
+        partition_fn=cut,
         decompositions=select_decomp_table(),
     )
     fake = next(tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor))
@@ -131,13 +145,22 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _partitioned(joint: fx.GraphModule, inputs: Sequence[Any], **facts: Any) -> Any:
+def _partitioned(
+    mark: Callable[[fx.Graph], None] | None,
+    joint: fx.GraphModule,
+    inputs: Sequence[Any],
+    **facts: Any,
+) -> Any:
     """Return the graphs of both passes, cut where the compiler cuts."""
     changes: Any = torch._inductor.config.joint_custom_pre_pass  # as the engine sets it
     if changes is None:
         changes = ()
     for change in changes if isinstance(changes, list | tuple) else (changes,):
         change(joint.graph)
+    if mark is not None:
+        with V.set_fake_mode(detect_fake_mode(inputs)):
+            replace_random_passes(joint)  # marks expect seeds in the place of random numbers
+        mark(joint.graph)
     cut = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **facts)
     if any(node.op == "get_attr" for node in cut[1].graph.nodes):
         # The compiler copies it later on, where nothing has data; such a block is planned as it is.
