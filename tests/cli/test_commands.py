@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tunesmith.cli import main
+from tunesmith.cli.comparison_table import comparison_table
 from tunesmith.jobs.demo import demo_run
+from tunesmith.report.findings import Findings, FoundRow
 from tunesmith.spec import load_run_file
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -26,6 +29,14 @@ def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_zoo_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "minilm-l6" in said(capsys, "models")
+
+
+def test_a_comparison_shows_names_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [FoundRow("lora[rank=8]", quality=1.0), FoundRow("lora[rank=9]", failed="no room")]
+    Console(width=120).print(comparison_table(Findings("ranks[all]", "loss", False, rows, {})))
+    shown = capsys.readouterr().out
+    for name in ("ranks[all]", "lora[rank=8]", "lora[rank=9]"):
+        assert name in shown
 
 
 def test_rows_are_shown_with_their_supervised_part_marked(

@@ -104,6 +104,12 @@ def test_numbers_may_be_text(tmp_path: Path) -> None:
     assert batch["labels"].tolist() == [3.5, -1.0]
 
 
+def test_of_numbers_no_token_is_said_to_be_supervised(tmp_path: Path) -> None:
+    rows = [{"text": "t", "label": 3.5}, {"text": "u", "label": -1}]
+    told = prepared(tmp_path, rows, "regression").train_report.lines()
+    assert not any("supervised" in line for line in told)
+
+
 def test_the_first_token_of_a_word_carries_its_label(tmp_path: Path) -> None:
     rows = [{"tokens": ["ab", "c", "def"], "tags": ["X", "O", "X"]}]
     data = prepared(tmp_path, rows, "tokens", shuffle=False)

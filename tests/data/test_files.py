@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -164,6 +165,19 @@ def test_a_csv_quote_in_the_wrong_place_costs_one_row(tmp_path: Path) -> None:
     found = values(path)
     assert "row 1: is broken CSV" in found[0]
     assert found[1] == {"text": "d", "label": "e"}
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "sign"),
+    [("a.csv", "text;label", ";"), ("a.csv", "text\tlabel", "\\t"), ("a.tsv", "text,label", ",")],
+)
+def test_a_file_with_other_separators_than_its_suffix_says_is_refused(
+    tmp_path: Path, name: str, header: str, sign: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(f"{header}\n{header}\n")
+    with pytest.raises(DataError, match=f"is parted by '{re.escape(sign)}'"):
+        values(path)
 
 
 @pytest.mark.parametrize("header", ["a,,b", "a,a"])

@@ -157,6 +157,15 @@ def test_two_processes_are_told_of_the_same_effective_batch(
     assert len(halved) == (1 if distribution == "ddp" else 0)
 
 
+@BOTH
+def test_a_process_without_rows_to_measure_goes_on_with_the_others(
+    distribution: str, two: Path, tmp_path: Path
+) -> None:
+    task, idle = plain_task(), two / f"idle-{distribution}"
+    train(task, tmp_path, accumulation_steps=4)
+    torch.testing.assert_close(final(idle), weights(task), rtol=1e-4, atol=1e-5)
+
+
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(two: Path) -> None:
     skipped = [event["skipped"] for event in events_of(two / "finite", "step_done")]
     assert skipped == [False, True, False, False, False, False]

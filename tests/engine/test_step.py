@@ -18,7 +18,7 @@ from plain_task import (
     weighed_task,
     weights,
 )
-from tunesmith.engine.events import Event, MicroBatchHalved
+from tunesmith.engine.events import Event, MicroBatchHalved, Warned
 from tunesmith.engine.listeners import JsonlWriter
 from tunesmith.engine.task import Task
 from tunesmith.errors import TrainingError
@@ -226,6 +226,19 @@ def test_the_forward_runs_in_the_autocast_dtype(tmp_path: Path) -> None:
     train(task, tmp_path, max_steps=1)
     assert dtypes == [torch.bfloat16]
     assert task.model.get_parameter("head.weight").dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "warnings"), [(torch.float16, 1), (torch.bfloat16, 0)])
+def test_gradients_that_float16_loses_are_warned_of(
+    dtype: torch.dtype, warnings: int, tmp_path: Path
+) -> None:
+    task = plain_task()
+    task.autocast_dtype = dtype
+    events: list[Event] = []
+    train(task, tmp_path, max_steps=1, listen=events.append)
+    said = [event.message for event in events if isinstance(event, Warned)]
+    assert len(said) == warnings
+    assert all("model.dtype: float16" in message for message in said)
 
 
 def test_rows_are_taken_in_order_without_gaps(tmp_path: Path) -> None:

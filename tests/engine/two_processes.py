@@ -28,6 +28,7 @@ def main(root: Path, device: Any) -> None:
         whole_run(root / distribution, engine, peers)
         resumed_run(root / distribution, engine, peers)
         told_run(root / f"told-{distribution}", engine, peers)
+        idle_run(root / f"idle-{distribution}", engine, peers)
     engine = EngineSettings(device=device)
     peers = connect(engine)
     small_memory_on_one(root / "memory", engine, peers)
@@ -73,6 +74,15 @@ def told_run(root: Path, engine: EngineSettings, peers: Peers) -> None:
     task = weighed_task(most=2 if lacks else None)
     listen = JsonlWriter(root / "metrics.jsonl")
     train(task, root, listen=listen, engine=engine, peers=peers, batch_size=4)
+    keep(task, root, peers)
+
+
+def idle_run(root: Path, engine: EngineSettings, peers: Peers) -> None:
+    # Fewer rows to measure than processes: the second one has nothing to do meanwhile.
+    task = plain_task()
+    rows = task.rows.rows[:1]
+    task.evaluate = lambda: mean_loss(task.module, rows, task.collate, batch_size=2, peers=peers)
+    train(task, root, engine=engine, peers=peers, accumulation_steps=2, evaluate_every=2)
     keep(task, root, peers)
 
 

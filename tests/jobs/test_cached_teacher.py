@@ -221,11 +221,13 @@ def test_a_finished_run_is_evaluated_on_other_rows(
     assert len(list(cache.glob("*"))) == 1  # nobody asks about the training rows again
 
 
-def test_general_text_of_which_the_teacher_said_nothing_has_a_loss(
-    tmp_path: Path, tiny_model: Path, teacher: Path
+@pytest.mark.parametrize("logits", ["cached", "live"])
+def test_general_text_has_a_models_loss_whatever_the_teacher_says_of_it(
+    tmp_path: Path, tiny_model: Path, teacher: Path, logits: str
 ) -> None:
     settings = {"evaluation": {"general": "bundled"}, "train": {"max_steps": 1}}
-    result = tunesmith.train(taught(tmp_path, tiny_model, teacher, **settings))
+    objective = {"logits": logits, "top_k": 64}
+    result = tunesmith.train(taught(tmp_path, tiny_model, teacher, objective=objective, **settings))
     written = json.loads(result.directory.summary.read_text())
     assert written["general_loss"]["before"] == pytest.approx(math.log(300), rel=0.1)
 

@@ -476,6 +476,47 @@ def test_a_file_is_predicted_as_the_runs_own_rows_are_read(
     assert said == [sample["after"] for sample in samples]
 
 
+@pytest.fixture(scope="module")
+def of_words(tmp_path_factory: pytest.TempPathFactory, bases: Path) -> Path:
+    """A run that labels words."""
+    folder = tmp_path_factory.mktemp("words")
+    rows = [{"tokens": ["a#", "b", "#c"], "tags": ["M", "O", "M"]}, {"tokens": ["d"], "tags": "O"}]
+    rows = [row | {"tags": list(row["tags"])} for row in rows]
+    write_rows(folder / "rows.jsonl", rows * 8)
+    data = DataSettings(train=[Source(path=str(folder / "rows.jsonl"))], max_length=64)
+    train = TrainSettings(max_steps=8, batch_size=4, learning_rate=2e-2)
+    run = run_of(folder, bases / "bert", objective=TokenClassification(), data=data, train=train)
+    return tunesmith.train(run).directory.path
+
+
+def test_words_that_are_not_read_keep_the_others_in_their_places(
+    of_words: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["a#", "", "b", "c" * 70, "d"]  # no token; all that is left of the 64 tokens
+    file = write_rows(tmp_path / "new.jsonl", [{"tokens": words}, {"tokens": words[::2]}])
+    long, short = (one.said.split() for one in predict_file(of_words, file))
+    assert [label == "?" for label in long] == [False, True, False, False, True]
+    assert "?" not in short
+    assert len(short) == 3
+    assert "2 words have no label and are marked ?" in caplog.text
+    assert predict(of_words, ["a# b d"])[0].said.split() == short
+
+
+def test_numbers_in_the_text_column_are_texts_as_they_are_in_training(
+    tmp_path: Path, bases: Path
+) -> None:
+    rows = [{"text": n, "label": "ab"[n % 2]} for n in range(12)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    data = DataSettings(train=[Source(path=str(tmp_path / "rows.jsonl"))])
+    train = TrainSettings(max_steps=1, batch_size=4)
+    directory = tunesmith.train(run_of(tmp_path, bases / "bert", data=data, train=train)).directory
+    new = write_rows(tmp_path / "new.jsonl", [{"text": 12}, {"text": None}])
+    with pytest.raises(DataError, match=r"row 2: 'text' is null"):
+        predict_file(directory.path, new)
+    write_rows(new, [{"text": 12}])
+    assert predict_file(directory.path, new) == predict(directory.path, ["12"])
+
+
 def test_a_file_without_the_second_text_is_refused(tmp_path: Path, bases: Path) -> None:
     rows = [r | {"about": f"{n}"} for n, r in enumerate(marked_rows(12))]
     path = write_rows(tmp_path / "pairs.jsonl", rows)

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tunesmith.errors import SpecError
+from reply_runs import run_of as replies_of
+from tunesmith.engine.settings import EvaluationSettings
+from tunesmith.errors import DataError, SpecError
 from tunesmith.jobs.compare import compare, default_metric, prepared, safe_rate
 from tunesmith.jobs.comparison_findings import Row, findings_of, standard_error
 from tunesmith.jobs.comparison_runs import Trial
 from tunesmith.jobs.comparison_spec import comparison_from, load_comparison
+from tunesmith.jobs.examine import judged_rows
 from tunesmith.jobs.features_spec import FeatureSettings
 from tunesmith.jobs.prompting_spec import PromptingSettings
 from tunesmith.jobs.run_directory import RunDirectory
@@ -202,6 +205,7 @@ def test_what_makes_no_comparison_is_refused(
         ("{name: classification, kind: multi}", "loss"),
         ("{name: classification, kind: regression}", "loss"),
         ("{name: token_classification}", "loss"),
+        ("{name: grpo, rewards: [{kind: regex, pattern: a}]}", "reward"),
     ],
 )
 def test_what_decides_is_measured_of_every_objective(
@@ -236,6 +240,22 @@ def test_a_row_with_a_seed_that_diverged_has_no_result(tmp_path: Path) -> None:
     assert [row.failed for row in found] == ["loss is nan after training, with 1 of 2 seeds"]
 
 
+def test_a_row_with_a_seed_that_failed_has_no_result(comparison_file: Path) -> None:
+    overrides = ["methods=[lora,ia3]", "learning_rates=1", "run.train.max_steps=1"]
+    comparison = load_comparison(comparison_file, overrides)
+    in_its_way = comparison.directory / "lora" / "seed-1" / "notes"
+    in_its_way.mkdir(parents=True)
+    findings = compare(comparison, comparison_file, lambda line: None)
+    assert [row.name for row in findings.trained] == ["ia3"]
+    (failed,) = (row for row in findings.rows if row.failed)
+    assert failed.failed.startswith("seed-1: output: ")
+    in_its_way.rmdir()
+    in_its_way.parent.rmdir()
+    findings = compare(comparison, comparison_file, lambda line: None)
+    assert sorted(row.name for row in findings.trained) == ["ia3", "lora"]
+    assert [len(row.values) for row in findings.trained] == [2, 2]
+
+
 def test_an_unknown_method_is_refused_before_anything_runs(comparison_file: Path) -> None:
     comparison = load_comparison(comparison_file, ["methods=[lora,lorra]"])
     with pytest.raises(SpecError, match="did you mean 'lora'"):
@@ -249,6 +269,34 @@ def test_a_metric_that_is_not_measured_ends_the_first_run(comparison_file: Path)
     with pytest.raises(SpecError, match=r"metric: 'blue' is not measured; use one of .*loss"):
         compare(comparison, comparison_file, told.append)
     assert told == []
+
+
+def test_a_comparison_without_rows_to_judge_by_is_refused(comparison_file: Path) -> None:
+    comparison = load_comparison(comparison_file, ["run.data.holdout=0"])
+    with pytest.raises(SpecError, match=r"lora: data\.holdout: no rows are kept to judge by"):
+        compare(comparison, comparison_file, lambda line: None)
+
+
+def test_one_evaluation_row_cannot_be_parted_into_even_and_odd() -> None:
+    settings = EvaluationSettings(rows="odd")
+    with pytest.raises(DataError, match=r"evaluation\.rows: odd leaves none of 1 evaluation row"):
+        judged_rows([1], settings)
+    assert judged_rows([], settings) == []
+    assert judged_rows([1, 2], settings) == [2]
+
+
+def test_replies_that_runs_write_are_compared_by_their_reward(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    run = replies_of(tmp_path, tiny_model, train={"max_steps": 3})
+    values = {
+        "name": "replies", "output": str(tmp_path / "runs"), "methods": ["lora"], "seeds": 1,
+        "learning_rates": 1, "jobs": 2, "run": run.model_dump(mode="json", exclude_unset=True),
+    }  # fmt: skip
+    path = tmp_path / "replies.yaml"
+    path.write_text(yaml.safe_dump(values))
+    (row,) = compare(load_comparison(path), path, lambda line: None).trained
+    assert row.seconds_per_step is not None  # of the run that was alone, after the others
 
 
 def test_a_file_that_is_not_there_is_no_comparison_file() -> None:

@@ -1,6 +1,7 @@
 """Whole runs that learn from judged replies: reward models, preferences, what stands on them."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,15 @@ import torch
 import tunesmith
 from pairs import pair_rows, run_of, write_rows
 from reply_runs import run_of as replies_of
-from tiny import CHATML, tiny_llama, tiny_tokenizer
-from tunesmith import DataSettings, LoRA, ModelSettings, Source, TrainSettings
+from tiny import CHATML, VOCAB, tiny_llama, tiny_tokenizer
+from tunesmith import (
+    DataSettings,
+    EvaluationSettings,
+    LoRA,
+    ModelSettings,
+    Source,
+    TrainSettings,
+)
 from tunesmith.engine.distribution import connect
 from tunesmith.errors import AdapterError, SpecError
 from tunesmith.jobs.assemble import assemble
@@ -215,6 +223,19 @@ def test_kto_learns_the_same_however_a_batch_is_split(
     assert any(kl > 0 for _, kl in found[0])  # else every split would have the same z0
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_preferences_can_tell_what_they_forget_of_general_text(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    evaluation = EvaluationSettings(samples=0, general="bundled")
+    run = run_of(tmp_path, tiny_model, Preference(loss=loss), evaluation=evaluation)
+    summary = tunesmith.train(run).directory.summary
+    written = json.loads(summary.read_text())["general_loss"]
+    assert written["before"] == pytest.approx(math.log(VOCAB), rel=0.1)  # a random model's
+    assert written["after"] != written["before"]
 
 
 def test_an_adapter_that_is_not_there_is_named(tmp_path: Path, tiny_model: Path) -> None:

@@ -72,6 +72,20 @@ def test_remedies_are_enough_and_none_is_given_where_it_fits(tiny_model: Path) -
     assert remedies(planned, 1000) == []
 
 
+@pytest.mark.parametrize("size", [5, 6])
+def test_smaller_micro_batches_leave_the_effective_batch_as_it_is(
+    tiny_model: Path, size: int
+) -> None:
+    run = run_of(tiny_model, LoRA(), checkpointing="full")
+    one_row = run.train.model_copy(update={"batch_size": 1, "accumulation_steps": size})
+    limit = plan(run.model_copy(update={"train": one_row}), device="cuda").alone.peak
+    whole = run.train.model_copy(update={"batch_size": size, "optimizer": "adamw_8bit"})
+    planned = plan(run.model_copy(update={"train": whole}), device="cuda")
+    changed = remedies(planned, limit)[-1].planned.run.train
+    assert changed.batch_size < size
+    assert changed.batch_size * changed.accumulation_steps == size
+
+
 def test_no_remedy_is_given_that_is_not_needed(tiny_model: Path) -> None:
     run = run_of(tiny_model, LoRA())
     planned = plan(run, device="cuda")

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, MarianConfig, MarianMTModel, PreTrainedModel
 
 import tunesmith
-from tiny import tiny_bart, tiny_t5, tiny_tokenizer
+from tiny import VOCAB, tiny_bart, tiny_t5, tiny_tokenizer
 from tunesmith import (
     DataSettings,
     EngineSettings,
     EvaluationSettings,
+    Full,
     LoRA,
     ModelSettings,
     PrefixTuning,
@@ -21,7 +22,7 @@ from tunesmith import (
     Source,
     TrainSettings,
 )
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, SpecError
 from tunesmith.jobs.evaluate import evaluate
 from tunesmith.jobs.preview import preview
 from tunesmith.jobs.result import load_run
@@ -94,6 +95,49 @@ def test_a_run_trains_saves_loads_and_generates(
     metrics = evaluate(result.directory.path)
     assert metrics["tuned"]["loss"] == pytest.approx(summary["after"]["loss"])
     assert metrics["base"]["loss"] == pytest.approx(summary["before"]["loss"], rel=0.2)
+
+
+def test_what_reads_and_writes_apart_has_no_loss_on_general_text(
+    directory: Path, rows: Path
+) -> None:
+    evaluation = EvaluationSettings(samples=0, general="bundled")
+    run = run_of(directory, rows).model_copy(update={"evaluation": evaluation})
+    with pytest.raises(SpecError, match=r"evaluation\.general: .* reads and writes apart"):
+        tunesmith.train(run)
+
+
+def test_full_training_leaves_positions_that_are_computed_alone(tmp_path: Path, rows: Path) -> None:
+    """Marian's are sines and cosines, which its files leave out."""
+    torch.manual_seed(0)
+    config = MarianConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=256,
+        eos_token_id=2,
+        pad_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    directory = tmp_path / "marian"
+    MarianMTModel(config).save_pretrained(directory)
+    tiny_tokenizer(template=None).save_pretrained(directory)
+    result = tunesmith.train(run_of(directory, rows, Full()))
+    assert {proof["passed"] for proof in result.summary["proofs"]} == {True}
+    trained = result.tuned.trainable()
+    assert "model.encoder.embed_positions.weight" not in trained
+    saved = AutoModelForSeq2SeqLM.from_pretrained(result.directory.model, dtype=torch.float32)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            saved(input_ids=ids, decoder_input_ids=ids).logits,
+            result.tuned.model(input_ids=ids, decoder_input_ids=ids).logits,
+        )
 
 
 def test_the_prompt_is_read_and_the_reply_is_written(directory: Path, rows: Path) -> None:

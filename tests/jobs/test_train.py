@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import tunesmith
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import VOCAB, tiny_llama, tiny_tokenizer
 from tunesmith import (
     DataSettings,
     EngineSettings,
@@ -64,6 +65,11 @@ def run_of(folder: Path, directory: Path, **changes: object) -> Run:
 def losses(directory: Path) -> list[float]:
     events = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [event["loss"] for event in events if event["event"] == "step_done"]
+
+
+def trained(directory: Path) -> dict[str, torch.Tensor]:
+    whole = directory / "model" / "model.safetensors"
+    return load_file(whole) if whole.exists() else adapter(directory)
 
 
 def adapter(directory: Path) -> dict[str, torch.Tensor]:
@@ -130,6 +136,43 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     assert samples == json.loads(whole.directory.samples.read_text())
 
 
+def test_a_run_interrupted_in_its_last_evaluation_leaves_all_when_it_resumes(
+    tmp_path: Path, rows: Path, tiny_model: Path
+) -> None:
+    whole = tunesmith.train(run_of(tmp_path, tiny_model, name="whole"))
+    run = run_of(tmp_path, tiny_model)
+
+    def interrupt(event: object) -> None:
+        if getattr(event, "kind", "") == "evaluated" and event.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert tunesmith.train(run, listeners=[interrupt]).outcome.stopped_because == "interrupted"
+    resumed = tunesmith.train(run, resume=True)
+    assert resumed.summary["after"] == whole.summary["after"]
+    for file in ("outcomes", "samples"):
+        ours, theirs = getattr(resumed.directory, file), getattr(whole.directory, file)
+        assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "holdout", "said"),
+    [(None, 4, "set evaluation.every_steps"), (3, 0, "no evaluation rows")],
+)
+def test_early_stopping_that_could_never_stop_is_refused(
+    tmp_path: Path, rows: Path, tiny_model: Path, every_steps: int | None, holdout: int, said: str
+) -> None:
+    run = run_of(
+        tmp_path,
+        tiny_model,
+        data=DataSettings(train=[Source(path=str(rows))], holdout=holdout, max_length=96),
+        train=TrainSettings(max_steps=6, early_stopping=1),
+        evaluation=EvaluationSettings(every_steps=every_steps),
+    )
+    with pytest.raises(SpecError, match=f"train.early_stopping: .*{said}"):
+        tunesmith.train(run)
+    assert not run.directory.exists()
+
+
 @pytest.mark.parametrize("method", [Full(), LastLayer(blocks=1)], ids=["full", "last_layer"])
 def test_methods_that_train_the_base_come_back_as_they_were_trained(
     tmp_path: Path, rows: Path, tiny_model: Path, method: Method
@@ -144,6 +187,18 @@ def test_methods_that_train_the_base_come_back_as_they_were_trained(
         assert not torch.equal(loaded.tuned.model(ids).logits, base(ids).logits)
         with loaded.tuned.disabled():
             assert torch.equal(loaded.tuned.model(ids).logits, base(ids).logits)
+
+
+@pytest.mark.parametrize("method", [Full, LastLayer])
+def test_a_run_may_keep_no_base(
+    tmp_path: Path, rows: Path, tiny_model: Path, method: type[Full | LastLayer]
+) -> None:
+    result = tunesmith.train(run_of(tmp_path, tiny_model, method=method(keep_base=False)))
+    assert result.summary["after"]["loss"] < result.summary["before"]["loss"]
+    with pytest.raises(SpecError, match="use --no-base"):
+        tunesmith.evaluate(result.directory.path)
+    found = tunesmith.evaluate(result.directory.path, base=False)["tuned"]
+    assert found["loss"] == pytest.approx(result.summary["after"]["loss"])
 
 
 def test_full_training_leaves_a_plain_model(tmp_path: Path, rows: Path, tiny_model: Path) -> None:
@@ -231,6 +286,46 @@ def test_merging_writes_a_model_that_any_program_loads(
         torch.testing.assert_close(plain(ids).logits, result.tuned.model(ids).logits)
 
 
+def test_full_training_of_a_mixture_of_experts_ends(tmp_path: Path, rows: Path) -> None:
+    """Its files name each expert's weights, and the model in memory has those of all in one."""
+    directory = tmp_path / "mixture"
+    config = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        pad_token_id=2,
+    )
+    MixtralForCausalLM(config).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    result = tunesmith.train(run_of(tmp_path, directory, method=Full()))
+    proofs = {proof["name"]: proof["passed"] for proof in result.summary["proofs"]}
+    assert proofs["saved model reads back equal"]
+    ids = torch.arange(40)[None]
+    plain = AutoModelForCausalLM.from_pretrained(result.directory.model, dtype=torch.float32)
+    loaded = tunesmith.load_run(result.directory.path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.tuned.model(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=4), LastLayer(), Full()], ids=lambda m: m.name)
+def test_what_trained_in_float32_merges_into_a_bfloat16_base(
+    tmp_path: Path, rows: Path, method: Method
+) -> None:
+    directory = tmp_path / "half"
+    tiny_llama().to(torch.bfloat16).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    settings = ModelSettings(name=str(directory), dtype="bfloat16")
+    result = tunesmith.train(run_of(tmp_path, directory, method=method, model=settings))
+    proofs = merge(result.directory.path, tmp_path / "merged")
+    assert all(proof.passed for proof in proofs)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert plain.dtype == torch.bfloat16
+
+
 def test_python_has_the_same_names(tmp_path: Path, tiny_model: Path) -> None:
     settings = ModelSettings(name=str(tiny_model), dtype="float32")
     model, tokenizer = tunesmith.load_model(settings)
@@ -253,13 +348,23 @@ def test_python_has_the_same_names(tmp_path: Path, tiny_model: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("distribution", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("distribution", "method"),
+    [("ddp", LoRA(rank=4)), ("fsdp", LoRA(rank=4)), ("fsdp", Full())],
+    ids=["ddp", "fsdp", "fsdp-full"],
+)
 def test_two_processes_train_what_one_trains(
-    tmp_path: Path, rows: Path, tiny_model: Path, distribution: str
+    tmp_path: Path, rows: Path, tiny_model: Path, distribution: str, method: Method
 ) -> None:
-    checkpoint = CheckpointSettings(every_steps=3)
-    one = tunesmith.train(run_of(tmp_path, tiny_model, name="one", checkpoint=checkpoint))
-    run = run_of(tmp_path, tiny_model, name="two", checkpoint=checkpoint)
+    # One sample and one batch of evaluation: the second process has neither.
+    evaluation = EvaluationSettings(samples=1, max_new_tokens=4, every_steps=3)
+    settings = {
+        "method": method,
+        "checkpoint": CheckpointSettings(every_steps=3),
+        "evaluation": evaluation,
+    }
+    one = tunesmith.train(run_of(tmp_path, tiny_model, name="one", **settings))
+    run = run_of(tmp_path, tiny_model, name="two", **settings)
     spec = tmp_path / "two.yaml"
     spec.write_text(run.to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -273,7 +378,7 @@ def test_two_processes_train_what_one_trains(
     assert done.returncode == 0, done.stderr[-3000:]
     two = tmp_path / "runs" / "two"
     assert losses(two) == pytest.approx(losses(one.directory.path), abs=1e-5)
-    alone, together = adapter(one.directory.path), adapter(two)
+    alone, together = trained(one.directory.path), trained(two)
     assert alone.keys() == together.keys()
     for name, tensor in alone.items():
         # Adam divides by tiny second moments: rounding of 1e-8 in a gradient can show as 1e-5.

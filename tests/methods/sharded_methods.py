@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tunesmith.methods import IA3, Adapter, BitFit, Compacter, DiffPruning
+from tunesmith.methods import IA3, AdaLoRA, Adapter, BitFit, Compacter, DiffPruning
 from tunesmith.methods.adapter_files import write_adapters
 from tunesmith.methods.contract import Method
 from tunesmith.methods.tuned import attach
@@ -20,6 +20,7 @@ from tunesmith.methods.tuned import attach
 METHODS: dict[str, Method] = {
     "ia3": IA3(),
     "bitfit": BitFit(targets=["attention.q", "norm"]),
+    "adalora": AdaLoRA(rank=4, target_rank=2, interval=1),
     "adapter": Adapter(placement="parallel", bottleneck=4, layer_norm=True, scale="learned"),
     "compacter": Compacter(bottleneck=8),
     "diff_pruning": DiffPruning(targets=["attention.q", "mlp.down"], l0_penalty=1e-3),

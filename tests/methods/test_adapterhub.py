@@ -224,3 +224,22 @@ def test_the_command_writes_an_adapter_that_loads(
     with pytest.raises(SystemExit, match=r"[1-9]"):
         main(["import-adapter", *arguments, "--out", str(out)])
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, "is an encoder-decoder"),
+        ({"model_type": "bert"}, "cannot be loaded: "),
+        ({}, "no config that transformers knows"),
+    ],
+    ids=["encoder-decoder", "no weights", "no model"],
+)
+def test_what_is_no_base_is_named(
+    tmp_path: Path, config: dict[str, object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = [str(GOLDEN / "bert-pfeiffer"), "--base", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"[1-9]"):
+        main(["import-adapter", *arguments, "--out", str(tmp_path / "imported")])
+    assert message in capsys.readouterr().err

@@ -33,7 +33,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("method", ["ia3", "bitfit", "adapter", "compacter", "diff_pruning"])
+@pytest.mark.parametrize(
+    "method", ["ia3", "bitfit", "adalora", "adapter", "compacter", "diff_pruning"]
+)
 def test_two_processes_save_what_one_saves(method: str, adapters: Path) -> None:
     one = load_file(adapters / method / "alone" / "adapter_model.safetensors")
     two = load_file(adapters / method / "sharded" / "adapter_model.safetensors")

@@ -52,7 +52,11 @@ def write_tensors(writer: gguf.GGUFWriter, model: LlamaForCausalLM) -> None:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama, its reference weights beside it, with SmolLM's pre-tokenizer."""
-    folder = tmp_path_factory.mktemp("gguf")
+    return write_file(tmp_path_factory.mktemp("gguf"), splits="smollm")
+
+
+def write_file(folder: Path, *, splits: str) -> Path:
+    """Write the model into `folder`; `splits` is what llama.cpp calls the way texts are split."""
     torch.manual_seed(0)
     model = tiny_llama()
     model.save_pretrained(folder / "reference")
@@ -71,7 +75,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pieces += [f"unused{index}" for index in range(VOCAB - len(pieces))]
     pieces[-2:] = ["ab", "ba"]  # a single merge would be read as a text and not a list
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(splits)
     writer.add_token_list(pieces)
     writer.add_token_types([3] * 3 + [1] * (VOCAB - 3))
     writer.add_token_merges(["a b", "b a"])
@@ -114,6 +118,22 @@ def test_its_tokenizer_splits_digits_as_smollm_does(file: Path) -> None:
     assert pieces == ["x", "ĊĊ", "1", "2", "Ġ", "3"]
     assert tokenizer.decode(tokenizer("It's 12")["input_ids"]) == "It's 12"
     assert tokenizer.chat_template == CHATML_UNMARKED
+
+
+def test_granites_tokenizer_splits_digits_too(tmp_path: Path) -> None:
+    tokenizer = load_model(str(write_file(tmp_path, splits="refact"))).tokenizer
+    steps = tokenizer.backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in steps.pre_tokenize_str("12")] == ["1", "2"]
+
+
+@pytest.mark.parametrize(("splits", "warns"), [("deepseek-llm", True), ("gpt-2", False)])
+def test_texts_that_are_split_otherwise_are_warned_of(
+    tmp_path: Path, splits: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_file(tmp_path, splits=splits)
+    with caplog.at_level("WARNING", logger="tunesmith"):
+        load_model(str(file))
+    assert ("was made to split texts as 'deepseek-llm' does" in caplog.text) == warns
 
 
 def test_it_can_be_saved_and_loads_again(file: Path, tmp_path: Path) -> None:

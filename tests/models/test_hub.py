@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 
 from tunesmith.errors import ModelError
 from tunesmith.models.hub import download
+from tunesmith.models.loading import load_tokenizer
 from tunesmith.models.settings import ModelSettings
 
 
@@ -53,3 +54,23 @@ def test_pickles_are_not_fetched_and_code_only_where_trusted(
     assert download("a/b", settings, otherwise="") == tmp_path
     assert ("*.py" in asked["allow_patterns"]) == trust
     assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked["allow_patterns"])
+
+
+def test_of_another_tokenizer_no_weights_are_fetched_and_not_the_models_revision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(name: str, **options: Any) -> str:
+        assert (name, options["revision"]) == ("c/d", None)
+        assert "*.safetensors" not in options["allow_patterns"]
+        assert "*.json" in options["allow_patterns"]
+        raise RepositoryNotFoundError("no", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    with pytest.raises(ModelError, match=r"model\.tokenizer: 'c/d' is no path"):
+        load_tokenizer(ModelSettings(name="a/b", revision="v2", tokenizer="c/d"))
+
+
+def test_a_tokenizer_that_is_not_there_is_named_as_one(tmp_path: Path) -> None:
+    settings = ModelSettings(name=str(tmp_path), tokenizer=str(tmp_path / "none"))
+    with pytest.raises(ModelError, match=r"model\.tokenizer: there is no file"):
+        load_tokenizer(settings)

@@ -45,6 +45,15 @@ def test_a_worse_row_is_never_recommended_for_its_price() -> None:
     assert not any("ia3 stores" in sentence for sentence in recommendation(FINDINGS))
 
 
+def test_where_nothing_says_how_far_chance_goes_no_other_row_is_as_good_as_the_best() -> None:
+    rows = [replace(row, low=None, high=None, p_value=None) for row in (BEST, EQUAL, WORSE)]
+    findings = replace(FINDINGS, rows=rows)
+    assert [row.name for row in findings.as_good_as_best()] == ["full"]
+    said = recommendation(findings)
+    assert any("Intervals could not be computed" in sentence for sentence in said)
+    assert not any(row.name in sentence for row in (EQUAL, WORSE) for sentence in said)
+
+
 def test_a_comparison_of_failures_recommends_nothing() -> None:
     findings = replace(FINDINGS, rows=[FAILED])
     assert recommendation(findings) == [

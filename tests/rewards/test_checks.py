@@ -29,6 +29,9 @@ def score(reply: str, settings: dict[str, Any], **columns: Any) -> float:
         ("1,234,567 and 1,2", ["1234567", "1", "2"]),
         ("\N{MINUS SIGN}3", ["-3"]),
         ("x2 v1.5", []),
+        ("\u7b54\u6848\u662f42\u3002", ["42"]),  # Chinese: the answer is 42.
+        ("\u7b54\u3048\u306f-3\u3067\u3059", ["-3"]),  # Japanese
+        ("\u0e15\u0e2d\u0e1a5", ["5"]),  # Thai
         ("it is .5, or -.25", ["0.5", "-0.25"]),
         ("1.2.3 and ...5", ["1.2"]),
         ("2e3", ["2E+3"]),
@@ -96,6 +99,8 @@ def test_the_length_penalty_falls_from_0_to_minus_1(words: int, expected: float)
         ('{"n": 1}', 1.0),
         ('Here:\n```json\n{"n": 1}\n```\nDone', 1.0),
         ('{"n": "1"}', 0.0),
+        ('{"n": 1, "more": NaN}', 0.0),
+        ('{"n": 1, "more": [-Infinity]}', 0.0),
         ("{}", 0.0),
         ("n = 1", 0.0),
         ("[" * 100_000, 0.0),
@@ -107,9 +112,10 @@ def test_json_of_a_shape(reply: str, expected: float) -> None:
     assert score(reply, {"kind": "json_schema"}, schema=shape) == expected
 
 
-def test_a_column_that_is_no_schema_names_the_row() -> None:
+@pytest.mark.parametrize("schema", [{"type": "thing"}, "{type: object}", "5", [1]])
+def test_a_column_that_is_no_schema_names_the_row(schema: object) -> None:
     with pytest.raises(RewardError, match=r"row 0: .*no JSON Schema"):
-        score("{}", {"kind": "json_schema"}, schema={"type": "thing"})
+        score("{}", {"kind": "json_schema"}, schema=schema)
 
 
 @pytest.mark.parametrize("where", ["https://example.org/a", "#/$defs/b"])

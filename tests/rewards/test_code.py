@@ -1,6 +1,8 @@
 """Code that runs apart: what passes, and what it is kept from."""
 
+import json
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -59,6 +61,16 @@ def test_the_audit_hook_alone_keeps_code_off_the_network(monkeypatch: pytest.Mon
     assert count_passed("x = 1", ["assert x == 1"], **ROOM) == 1
 
 
-def test_a_row_without_tests_is_an_error() -> None:
+@pytest.mark.parametrize("written", [json.dumps, repr])
+def test_a_list_of_tests_in_a_cell_of_text_is_run_and_not_looked_at(
+    written: Callable[[list[str]], str],
+) -> None:
+    tests = written(["assert 'a\\n' != f(2) == 4", "assert f(3) == 6"])
+    rows = [Scored("", "def f(n): return n + 2", {"tests": tests})]
+    assert build_reward(Code(timeout=20))(rows) == [0.5]
+
+
+@pytest.mark.parametrize("tests", [[], "", "[]", ["assert True", " "], [1]])
+def test_a_row_without_tests_is_an_error(tests: object) -> None:
     with pytest.raises(RewardError, match=r"row 0: .*'tests'"):
-        build_reward(Code())([Scored("", "x", {"tests": []})])
+        build_reward(Code())([Scored("", "x", {"tests": tests})])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tiny import CHATML, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tunesmith.errors import DataError
 from tunesmith.models.loading import load_model
 from tunesmith.rollout.chat import stream_reply
@@ -107,3 +107,12 @@ def test_a_real_model_answers_a_question() -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     reply = "".join(stream_reply(model, tokenizer, question, max_new_tokens=20))
     assert reply == "The capital of France is Paris."
+
+
+def test_a_turn_that_the_template_refuses_is_named() -> None:
+    """As Gemma's template refuses a system turn."""
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer = tiny_tokenizer(refusing + CHATML)
+    messages = [{"role": "system", "content": "Be brief."}, *MESSAGES]
+    with pytest.raises(DataError, match=r"turns system, user \(no system\)"):
+        list(stream_reply(tiny_llama(), tokenizer, messages))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from tunesmith.report.comparison import cells, columns
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def comparison_table(findings: Findings) -> Table:
     """Return the rows of a comparison, best first."""
     table = Table(
-        title=f"{findings.name}, by {findings.metric}",
+        title=escape(f"{findings.name}, by {findings.metric}"),
         box=SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
@@ -26,7 +27,8 @@ def comparison_table(findings: Findings) -> Table:
     for index in shown:
         table.add_column(names[index], no_wrap=index > 0, justify="right" if index else "left")
     for row in findings.rows:
-        line = [row.name, "failed"] if row.failed else [row.name, *cells(findings, row)]
+        name = escape(row.name)  # `lora[rank=8]` is a name and no style
+        line = [name, "failed"] if row.failed else [name, *cells(findings, row)]
         table.add_row(*(line[index] for index in shown if index < len(line)))
     return table
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from tunesmith.data.conversation import Text, as_text, check_text
+from tunesmith.data.conversation import Text, as_text
 from tunesmith.data.converted import converted
 from tunesmith.data.formats import fill, renamed
 from tunesmith.data.rows import RawRow, Values
@@ -175,13 +175,22 @@ _TARGETS: Final[dict[str, Callable[[JSON], Target]]] = {
 def _labelled_words(row: Values, place: str) -> Example:
     """Return a row of words and their labels: two lists of equal length."""
     _require_columns(row, ("tokens", "tags"))
-    words, tags = _list(row["tokens"], "tokens"), _list(row["tags"], "tags")
-    if not words:
-        raise DataError("'tokens' is empty; expected words")
+    words, tags = words_of(row["tokens"]), _list(row["tags"], "tags")
     if len(words) != len(tags):
         raise DataError(f"has {len(words)} tokens and {len(tags)} tags; expected one tag a token")
-    texts = tuple(check_text(as_text(word, "'tokens'"), "'tokens'") for word in words)
-    return Example(" ".join(texts), tuple(_label(tag) for tag in tags), place, words=texts)
+    return Example(" ".join(words), tuple(_label(tag) for tag in tags), place, words=words)
+
+
+def words_of(value: JSON) -> tuple[str, ...]:
+    """Return the words that a cell of `tokens` holds.
+
+    Raises:
+        DataError: it holds no list, or an empty one, or what is no text.
+    """
+    words = _list(value, "tokens")
+    if not words:
+        raise DataError("'tokens' is empty; expected words")
+    return tuple(as_text(word, "'tokens'") for word in words)
 
 
 def _list(value: JSON, column: str) -> list[JSON]:

@@ -170,7 +170,7 @@ def _separated(path: Path, offset: int, row: int, **dialect: Any) -> Iterator[Fi
     with _open(path) as file:
         lines = _Tracked(file)
         reader = csv.reader(lines, strict=True, **dialect)
-        header = _header(next(reader, []), path)
+        header = _header(next(reader, []), path, dialect["delimiter"])
         if offset:
             lines.seek(offset)
         while True:
@@ -187,11 +187,18 @@ def _separated(path: Path, offset: int, row: int, **dialect: Any) -> Iterator[Fi
                 yield _fields(row, lines.offset, header, fields)
 
 
-def _header(names: list[str], path: Path) -> list[str]:
+def _header(names: list[str], path: Path, delimiter: str) -> list[str]:
     if names and (len(set(names)) < len(names) or not all(name.strip() for name in names)):
         raise DataError(
             f"{path}: the header {names} has an empty or repeated column name; the first line has "
             "to name the columns"
+        )
+    # Spreadsheets write semicolons where the decimal sign is a comma.
+    other = next((sign for sign in ",;\t|" if len(names) == 1 and sign in names[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{path}: the header {names[0]!r} is parted by {other!r}, and this suffix means "
+            f"{delimiter!r}; save it as .csv with commas or as .tsv with tabs"
         )
     return names
 

@@ -100,7 +100,9 @@ class DataReport:
             + (f", {source.dropped:,} dropped{_why(source.reasons)}" if source.dropped else "")
             for source in self.sources
         ]
-        supervised = "" if self.classes else f", {share:.0%} of them supervised"
+        # A label of a whole text, or a number, supervises no token.
+        of_tokens = self.supervised_tokens and not self.classes
+        supervised = f", {share:.0%} of them supervised" if of_tokens else ""
         lines.append(
             f"{self.kept:,} samples with {self.tokens:,} tokens{supervised}; "
             f"{self.truncated:,} samples cut"

@@ -242,6 +242,9 @@ class Sharded(Alone):
             for part in self._parts:
                 part.set_reshard_after_forward(part is not self._root, recurse=False)
                 part.reshard()
+            # The next backward would gather, after its own, what was called last in here, which
+            # is nothing in a process that had no share of the work: the others wait in vain.
+            self._root._get_fsdp_state()._comm_ctx.post_forward_order.clear()
 
     def finish(self) -> None:
         """Leave the model whole for good."""
@@ -250,6 +253,16 @@ class Sharded(Alone):
         for part in self._parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
+        for module in self._module.modules():
+            _let_states_be_whole(module)
+
+
+def _let_states_be_whole(module: nn.Module) -> None:
+    """Keep FSDP from sharding the weights of `module` again as soon as its state is asked for."""
+    hooks = module._state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        if hook.__module__.startswith("torch.distributed.fsdp"):
+            del hooks[key]
 
 
 def spread(

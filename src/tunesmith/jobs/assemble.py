@@ -183,18 +183,26 @@ def _check_quantised(run: Run, peers: Peers) -> None:
 
 
 def _check_early_stopping(run: Run) -> None:
-    """Refuse to stop a method early that would not be what it promises.
+    """Refuse to stop early what would not be what it promises, or is not measured on the way.
 
     Raises:
-        SpecError: it would not.
+        SpecError: it would not, or is not.
     """
+    if run.train.early_stopping is None:
+        return
     for method in run.methods:
-        if method.needs_every_step and run.train.early_stopping is not None:
+        if method.needs_every_step:
             raise SpecError(
                 f"train.early_stopping: {method.name} becomes sparse in its last phase only, and "
                 "the best of a run that stops early may be from before; leave early_stopping out "
                 "and set train.max_steps"
             )
+    if run.evaluation.every_steps is None:
+        raise SpecError(
+            "train.early_stopping: counts evaluations, and without evaluation.every_steps there is "
+            "none between the first step and the last; set evaluation.every_steps, or leave "
+            "early_stopping out"
+        )
 
 
 def _every_few_seconds(say: Callable[[str], None]) -> Callable[[TokenisingProgress], None]:

@@ -20,6 +20,7 @@ from tunesmith.jobs.evidence import remember
 from tunesmith.jobs.run_directory import write_json, write_text
 from tunesmith.models.skeleton import config_of, kind_of
 from tunesmith.objectives import Classification
+from tunesmith.objectives.sampling import FromReplies
 from tunesmith.report.comparison import write_comparison_report
 from tunesmith.report.findings import Findings
 from tunesmith.report.words import duration
@@ -151,8 +152,16 @@ def prepared(comparison: Comparison, variant: Variant, source: Path) -> Run:
     """Return a row's run, in the comparison's directory.
 
     What a language model forgets of general text is measured unless the run says otherwise.
+
+    Raises:
+        SpecError: it says something that no run can mean, or keeps no rows to judge by.
     """
     run = comparison.run_of(variant, source)
+    if not (run.data.evaluation or run.data.holdout):
+        raise SpecError(
+            f"{source}: {variant.title}: data.holdout: no rows are kept to judge by, which a "
+            "comparison needs; set data.holdout: 0.2, or name other rows with data.evaluation"
+        )
     evaluation = run.evaluation
     if "general" not in evaluation.model_fields_set and _continues_text(run):
         evaluation = evaluation.model_copy(update={"general": "bundled"})
@@ -170,6 +179,8 @@ def default_metric(run: Run) -> str:
     """Return what the run is judged by, where nothing is said."""
     if run.evaluation.metrics:
         return run.evaluation.metrics[0]
+    if isinstance(run.objective, FromReplies):
+        return "reward"  # where no reply is known there is no loss of one
     one_label = isinstance(run.objective, Classification) and run.objective.kind == "single"
     return "accuracy" if one_label else "loss"
 
@@ -329,8 +340,10 @@ def _train_seed(stage: _Stage, contests: Sequence[_Contest], number: int) -> Non
     for contest, trial in zip(running, trials, strict=True):
         if trial in finished:
             contest.trials.append(trial)
-        elif not contest.trials:
-            contest.failed = trial.why_failed()
+        else:
+            # The mean over the seeds that went well would be that of the lucky ones.
+            seed = f"{trial.run.name}: " if contest.trials else ""
+            contest.failed = f"{seed}{trial.why_failed() or 'it was not finished'}"
 
 
 def _seed_trial(contest: _Contest, number: int, rows: str, *, timed: bool) -> Trial:
@@ -346,9 +359,12 @@ def _seed_trial(contest: _Contest, number: int, rows: str, *, timed: bool) -> Tr
 
 def _measure_speed(stage: _Stage, contests: Sequence[_Contest]) -> None:
     """Run a few steps of every row with nothing beside it."""
+    running = [contest for contest in contests if contest.trials and contest.failed is None]
+    if not running:
+        return
     # Judged by what every run measures; the metric of the comparison may need replies.
-    alone = _Stage(stage.comparison.model_copy(update={"jobs": 1}), "loss", stage.say)
-    running = [contest for contest in contests if contest.trials]
+    metric = default_metric(_changed(running[0].run, "speed", {}, {"metrics": []}))
+    alone = _Stage(stage.comparison.model_copy(update={"jobs": 1}), metric, stage.say)
     trials = [
         _trial(
             contest,

@@ -70,7 +70,7 @@ def _found(row: Row, metric: str) -> FoundRow:
     values = [s["after"][metric] for s in summaries if s["after"].get(metric) is not None]
     rates = {f"{rate:.3g}": value for rate, value in sorted(row.rates.items())}
     start = FoundRow(row.name, learning_rate=row.learning_rate, rates=rates)
-    if not values:
+    if row.failed or not values:
         return replace(start, failed=row.failed or f"{metric} was not measured")
     if diverged := [value for value in values if not math.isfinite(value)]:
         many = f"{len(diverged)} of {len(values)} seeds"

@@ -100,7 +100,7 @@ class Comparison(Settings):
     the best goes on. 1 takes the default as it is."""
     metric: str | None = None
     """What decides; the run's first evaluation metric where none is given, else the accuracy of
-    texts with one label each, else the loss."""
+    texts with one label each, the reward of replies that a run writes itself, else the loss."""
     budget: float | None = Field(default=None, gt=0)
     """Wall-clock time for the whole comparison in seconds, or as text: `20min`, `2h`. Every run
     then gets the same share of it, as so many steps as fit. None runs the run's own steps."""

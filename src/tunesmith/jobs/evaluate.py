@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, SpecError
 from tunesmith.jobs.assemble import assembled_from
 from tunesmith.jobs.examine_labels import examiner_of
 from tunesmith.jobs.examine_replies import ReplyExaminer
@@ -41,8 +41,14 @@ def evaluate(
 
     Raises:
         DataError: there are no evaluation rows.
+        SpecError: the untuned model is wanted, and the run's method keeps none.
     """
     loaded = load_run(path, overrides)
+    if base and not loaded.tuned.keeps_base:
+        raise SpecError(
+            f"{path}: with method.keep_base: false there is no untuned model to evaluate as well; "
+            "use --no-base (base=False)"
+        )
     prepared = _prepare(loaded, data)
     assembled = assembled_from(loaded, prepared)
     assembled = with_reference(assembled, loaded.peers, training=False)

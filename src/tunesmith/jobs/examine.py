@@ -11,7 +11,7 @@ from torch import nn
 from tunesmith.data.render_pairs import renderer_for
 from tunesmith.engine.evaluation import mean_loss
 from tunesmith.engine.events import Listener, Sampled
-from tunesmith.errors import SpecError
+from tunesmith.errors import DataError, SpecError
 from tunesmith.jobs.batches import interleave
 from tunesmith.measure.choices import choose
 from tunesmith.measure.text import bleu, exact_match, rouge_l
@@ -104,7 +104,7 @@ class Examiner:
         """
         settings, data = self.assembled.run.evaluation, self.assembled.data
         self.outcomes = {}
-        metrics = self._losses(chosen(data.evaluation, settings))
+        metrics = self._losses(judged_rows(data.evaluation, settings))
         # The objective calls it accuracy; beside the accuracy of choices it needs a fuller name.
         if "accuracy" in metrics:
             metrics["token_accuracy"] = metrics.pop("accuracy")
@@ -211,3 +211,19 @@ def chosen(rows: Sequence[T], settings: EvaluationSettings) -> Sequence[T]:
     """Return the evaluation rows (or prompts) that the settings ask for."""
     start, step = {"all": (0, 1), "even": (0, 2), "odd": (1, 2)}[settings.rows]
     return rows[start::step][: settings.limit]
+
+
+def judged_rows(rows: Sequence[T], settings: EvaluationSettings) -> Sequence[T]:
+    """Return those of the evaluation rows that are to be measured; none where there are none.
+
+    Raises:
+        DataError: there are some, and the settings leave all of them out.
+    """
+    found = chosen(rows, settings)
+    if len(rows) and not len(found):
+        raise DataError(
+            f"evaluation.rows: {settings.rows} leaves none of {len(rows)} evaluation row to be "
+            "measured; hold out more with data.holdout, at least 2 where even and odd rows are "
+            "measured apart, as a comparison that searches learning rates does"
+        )
+    return found

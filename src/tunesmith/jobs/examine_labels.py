@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.jobs.batches import over_batches
-from tunesmith.jobs.examine import Examiner, Reply, chosen, shown
+from tunesmith.jobs.examine import Examiner, Reply, chosen, judged_rows, shown
 from tunesmith.jobs.examine_heads import HeadExaminer
 from tunesmith.jobs.examine_rewards import RewardExaminer
 from tunesmith.jobs.labelled import classifies
@@ -135,7 +135,7 @@ class LabelExaminer(HeadExaminer):
         """Return all metrics of the model as it is now; every process calls this alike."""
         del step  # replies are told by the one who asks
         settings, data = self.assembled.run.evaluation, self.assembled.data
-        judged = self.judge(chosen(data.evaluation, settings))
+        judged = self.judge(judged_rows(data.evaluation, settings))
         measured = self._measured(judged, chosen(list(data.examples), settings))
         self.outcomes["loss"] = _ratios(*zip(*judged.losses, strict=True))
         return {"loss": judged.loss} | measured

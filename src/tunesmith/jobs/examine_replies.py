@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tunesmith.data.asked import AskedData
-from tunesmith.jobs.examine import Reply, chosen
+from tunesmith.jobs.examine import Reply, judged_rows
 from tunesmith.jobs.experience_lessons import lessons_of
 from tunesmith.jobs.experience_written import written
 from tunesmith.jobs.reward_roles import open_run_beside
@@ -57,7 +57,7 @@ class ReplyExaminer:
     def _prompts(self) -> Sequence[Asked]:
         data = self.assembled.data
         assert isinstance(data, AskedData)  # noqa: S101 - what `read_data` makes for these
-        return chosen(data.asked, self.assembled.run.evaluation)
+        return judged_rows(data.asked, self.assembled.run.evaluation)
 
     def examine(self, step: int | None = None) -> dict[str, float]:
         """Return the mean reward, its parts, length, and KL to the reference in nats a reply.

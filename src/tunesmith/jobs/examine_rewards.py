@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tunesmith.engine.evaluation import mean_loss
 from tunesmith.jobs.batches import over_batches
-from tunesmith.jobs.examine import Reply, chosen, shown
+from tunesmith.jobs.examine import Reply, chosen, judged_rows, shown
 from tunesmith.jobs.examine_heads import HeadExaminer
 from tunesmith.jobs.reference import by_row, judged_collator
 from tunesmith.measure import rewards as measure
@@ -44,7 +44,7 @@ class RewardExaminer(HeadExaminer):
         """Return all metrics of the model as it is now; every process calls this alike."""
         del step  # replies are told by the one who asks
         settings, data = self.assembled.run.evaluation, self.assembled.data
-        rows = cast("Sequence[PairRow]", chosen(data.evaluation, settings))
+        rows = cast("Sequence[PairRow]", judged_rows(data.evaluation, settings))
         metrics = mean_loss(
             self.assembled.program,
             rows,

@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.engine.distribution import connect
 from tunesmith.errors import SpecError
 from tunesmith.jobs.environment import environment
-from tunesmith.jobs.examine import chosen
+from tunesmith.jobs.examine import judged_rows
 from tunesmith.jobs.examine_labels import JudgedClasses, judge_classes
 from tunesmith.jobs.features_classify import Fitted, Integers, fit, require_classifiers
 from tunesmith.jobs.features_embed import Embedder
@@ -128,7 +128,7 @@ def _learn(embedder: Embedder, say: Say) -> _Learned:
     started = time.perf_counter()
     run, data, settings = embedder.job.run, embedder.prepared, embedder.job.features
     rows = cast("LabelledCorpus", data.train.corpus).rows  # type: ignore[union-attr]
-    others = cast("Sequence[LabelledRow]", chosen(data.evaluation, run.evaluation))
+    others = cast("Sequence[LabelledRow]", judged_rows(data.evaluation, run.evaluation))
     features = embedder.features(rows)
     other_features = embedder.features(others) if others else None
     labels, weights = _labels(run), class_weights(run, data)

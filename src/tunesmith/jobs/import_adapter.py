@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from tunesmith.errors import AdapterError
+from tunesmith.errors import AdapterError, ModelError
 from tunesmith.jobs.proofs import require
 from tunesmith.methods.adapterhub import load_adapterhub
 from tunesmith.methods.storage import load_adapter
-from tunesmith.models.families_encoders import ENCODERS
-from tunesmith.models.gguf import load_gguf
+from tunesmith.models.gguf import first_line, load_gguf
 from tunesmith.models.loading import locate
 from tunesmith.models.quiet import without_progress_bars
 from tunesmith.models.settings import ModelSettings
+from tunesmith.models.skeleton import config_of, kind_of
 from tunesmith.types import Proof
 
 if TYPE_CHECKING:
@@ -80,14 +81,22 @@ def import_adapter(
 def _base(name: str) -> PreTrainedModel:
     """Return the base in float32, with the head that it was trained with first."""
     settings = ModelSettings(name=name)
+    kind = kind_of(config_of(settings))
+    if kind == "encoder-decoder":
+        raise ModelError(
+            f"--base: '{name}' is an encoder-decoder, and AdapterHub's adapters are read for "
+            "encoders and decoders only"
+        )
     place = locate(name, settings)
     if place.is_file():
         model = load_gguf(place, dtype=torch.float32)
     else:
-        encoder = AutoConfig.from_pretrained(place).model_type in ENCODERS
-        auto = AutoModelForMaskedLM if encoder else AutoModelForCausalLM
-        with without_progress_bars():
-            model = auto.from_pretrained(place, dtype=torch.float32)
+        auto = AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM
+        try:
+            with without_progress_bars():
+                model = auto.from_pretrained(place, dtype=torch.float32)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise ModelError(f"--base: '{name}' cannot be loaded: {first_line(error)}") from error
     # Adapters record the base under the name that loads it again, not a folder of the cache.
     model.config._name_or_path = model.name_or_path = name
     return model.eval()

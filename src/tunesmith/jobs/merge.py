@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunesmith.errors import AdapterError, SpecError
+from tunesmith.jobs.assemble import choose_dtypes
 from tunesmith.jobs.labelled import classifies, head_of_run
 from tunesmith.jobs.proofs import merged_agrees, require, same_template
 from tunesmith.jobs.proofs_labels import same_tokens
@@ -57,7 +58,8 @@ def merge(path: str | Path, to: str | Path, *, dtype: str | None = None) -> list
     overrides = [f"model.dtype={dtype}", "engine.precision=auto"] if dtype else []
     loaded = load_run(path, overrides)
     ids = _probe_ids(loaded)
-    tolerance = TOLERANCE[loaded.tuned.model.dtype]
+    # Not what is trained has, which is float32 over any base: it is merged into the base's.
+    tolerance = TOLERANCE[choose_dtypes(loaded.run, loaded.peers.device).weights]
     if loaded.run.model.quantize == "int8":
         tolerance = max(tolerance, ROUNDED_INPUTS)
     with ExitStack() as undo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from tunesmith.data.classification import tokenised_examples
 from tunesmith.data.classification_collate import LabelledCollator
-from tunesmith.data.classification_rows import Example, Kind
+from tunesmith.data.classification_rows import Example, Kind, words_of
+from tunesmith.data.conversation import as_text
 from tunesmith.data.formats import fill, renamed
 from tunesmith.data.rows import RawRow
 from tunesmith.data.settings import Source
@@ -36,7 +38,11 @@ from tunesmith.types import IGNORE
 if TYPE_CHECKING:
     from tunesmith.jobs.result import LoadedRun
 
+logger = logging.getLogger(__name__)
+
 _TEXTS: Final = ("text", "text_pair")
+_UNREAD: Final = "?"
+"""Stands for the label of a word of which the model reads nothing."""
 HALF = 0.5
 """From which probability a label is given where no held-out rows said a better one."""
 
@@ -47,6 +53,8 @@ class Asked(NamedTuple):
     text: str
     pair: str | None = None
     """A second text, where two are judged together."""
+    words: tuple[str, ...] = ()
+    """Of the text, where they are given; else it is parted at white space."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ class Prediction:
 
     text: str
     said: str
-    """The label; labels with spaces between; the number; a label for each word."""
+    """The label; labels with spaces between; the number; a label for each word, `?` for one that
+    is cut off or nothing to the tokenizer."""
     probabilities: dict[str, float]
     """Of each label of the text; empty for numbers and words."""
 
@@ -99,14 +108,23 @@ def _by_head(loaded: LoadedRun, asked: Sequence[Asked]) -> list[Prediction]:
     _require_texts(asked)
     threshold = _threshold(loaded)
     found: list[Prediction] = []
-    size = loaded.run.evaluation.batch_size
+    size, unread = loaded.run.evaluation.batch_size, 0
     for start in range(0, len(asked), size):
         some = asked[start : start + size]
         outputs = _outputs(loaded, some)
+        if isinstance(objective, TokenClassification):
+            unread += sum(int(np.isnan(logits).all(axis=1).sum()) for logits in outputs)
         found += [
             _prediction(objective, one.text, logits, threshold)
             for one, logits in zip(some, outputs, strict=True)
         ]
+    if unread:
+        logger.warning(
+            "%d words have no label and are marked %s: they lie beyond the tokens that the model "
+            "reads of a text, or are nothing to its tokenizer",
+            unread,
+            _UNREAD,
+        )
     return found
 
 
@@ -128,42 +146,56 @@ def predict_file(
         return _by_features(directory, texts_in(file, source), overrides)
     loaded = load_run(path, overrides)
     if not isinstance(loaded.run.objective, Reward):
-        return _by_head(loaded, texts_in(file, loaded.run.data.train[0]))
+        of_words = isinstance(loaded.run.objective, TokenClassification)
+        return _by_head(loaded, texts_in(file, loaded.run.data.train[0], of_words=of_words))
     replies = conversations_in(file, loaded.run.data.train[0])
     pairs = zip(replies, score(loaded, replies), strict=True)
     return [Prediction(str(c.messages[-1]["content"]), f"{r:.4f}", {}) for c, r in pairs]
 
 
-def texts_in(path: str | Path, run_source: Source) -> list[Asked]:
+def texts_in(path: str | Path, run_source: Source, *, of_words: bool = False) -> list[Asked]:
     """Return the texts of a file, read as the run's own rows are: its columns, or its template.
+
+    Args:
+        path: the file.
+        run_source: what the run learned from.
+        of_words: whether the run's rows are words, which may stand here too.
 
     Raises:
         DataError: the file cannot be read, or a row has no text.
     """
-    found = []
+    found, asked_of = [], _words_of if of_words else _text_of
     for row in read(locate(Source(path=str(path)))):
         if not isinstance(row, RawRow):
             raise DataError(row.message)
-        found.append(_text_of(row, run_source))
+        try:
+            found.append(asked_of(row, run_source))
+        except DataError as error:
+            raise DataError(f"{row.place}: {error}") from error
     return found
+
+
+def _words_of(row: RawRow, source: Source) -> Asked:
+    """Return the words of a row, or its text where it has no words."""
+    column = source.columns.get("tokens", "tokens")
+    if column not in row.values:
+        return _text_of(row, source)
+    words = words_of(row.values[column])
+    return Asked(" ".join(words), None, words)
 
 
 def _text_of(row: RawRow, source: Source) -> Asked:
     if source.prompt is not None:
-        try:
-            return Asked(fill(source.prompt, row.values))
-        except DataError as error:
-            raise DataError(f"{row.place}: {error}") from error
+        return Asked(fill(source.prompt, row.values))
     own = {o: named for o, named in source.columns.items() if o in _TEXTS and named in row.values}
     values = renamed(row.values, own)
     needed = [name for name in _TEXTS if name == "text" or name in source.columns]
     for name in needed:
-        if not isinstance(values.get(name), str):
-            raise DataError(
-                f"{row.place}: has no column '{name}'; its columns are {', '.join(row.values)}"
-            )
-    pair = values.get("text_pair")
-    return Asked(str(values["text"]), None if pair is None else str(pair))
+        if name not in values:
+            raise DataError(f"has no column '{name}'; its columns are {', '.join(row.values)}")
+    given = [name for name in _TEXTS if name in needed or values.get(name) is not None]
+    texts = {name: as_text(values[name], f"'{name}'") for name in given}
+    return Asked(texts["text"], texts.get("text_pair"))
 
 
 def _by_features(
@@ -192,18 +224,21 @@ def _threshold(loaded: LoadedRun) -> float:
 
 
 def _outputs(loaded: LoadedRun, asked: Sequence[Asked]) -> list[NDArray[np.float32]]:
-    """Return the logits of each text, (classes,), or of each of its words, (words, classes)."""
+    """Return the logits of each text, (classes,), or of each of its words, (words, classes).
+
+    Those of a word of which no token is read are nan.
+    """
     run, model = loaded.run, loaded.tuned.model
     objective: Any = run.objective
     kind: Kind = objective.kind if isinstance(objective, Classification) else "tokens"
-    labels = tuple(objective.labels or ())
+    examples = [_example(one, kind, tuple(objective.labels or ())) for one in asked]
     rows = [
         row
         for row, _ in tokenised_examples(
-            [_example(one, kind, labels) for one in asked],
+            examples,
             loaded.tokenizer,
             kind,
-            classes=labels,
+            classes=_words(examples) if kind == "tokens" else tuple(objective.labels or ()),
             max_length=text_tokens(run, model, loaded.tokenizer),
         )
     ]
@@ -218,15 +253,29 @@ def _outputs(loaded: LoadedRun, asked: Sequence[Asked]) -> list[NDArray[np.float
         logits = objective.logits(model, batch).float().cpu().numpy()
     if kind != "tokens":
         return list(logits)
-    words = batch["labels"].cpu().numpy() != IGNORE
-    return [out[word] for out, word in zip(logits, words, strict=True)]
+    numbers = batch["labels"].cpu().numpy()
+    found = []
+    for example, out, number in zip(examples, logits, numbers, strict=True):
+        of_words = np.full((len(example.words), out.shape[1]), np.nan, np.float32)
+        of_words[number[number != IGNORE]] = out[number != IGNORE]
+        found.append(of_words)
+    return found
+
+
+def _words(examples: Sequence[Example]) -> tuple[str, ...]:
+    """Return the numbers of the words of the longest example, which stand for their labels."""
+    return tuple(map(str, range(max(len(example.words) for example in examples))))
 
 
 def _example(asked: Asked, kind: Kind, labels: tuple[str, ...]) -> Example:
-    """Return a text as an example; what it is labelled as plays no part."""
+    """Return a text as an example, each of its words labelled as its number.
+
+    What a whole text is labelled as plays no part.
+    """
     if kind == "tokens":
-        words = tuple(asked.text.split())
-        return Example(" ".join(words), labels[:1] * len(words), "text", words=words)
+        words = asked.words or tuple(asked.text.split())
+        numbers = tuple(map(str, range(len(words))))
+        return Example(" ".join(words), numbers, "text", words=words)
     nothing: dict[str, Any] = {"single": labels[:1] and labels[0], "multi": (), "regression": 0.0}
     return Example(asked.text, nothing[kind], "text", asked.pair)
 
@@ -239,7 +288,8 @@ def _prediction(
 ) -> Prediction:
     labels = objective.labels or []
     if isinstance(objective, TokenClassification):
-        return Prediction(text, " ".join(labels[i] for i in logits.argmax(axis=1)), {})
+        said = [_UNREAD if np.isnan(word).all() else labels[word.argmax()] for word in logits]
+        return Prediction(text, " ".join(said), {})
     if objective.kind == "regression":
         return Prediction(text, f"{logits[0]:.4f}", {})
     single = objective.kind == "single"

@@ -26,6 +26,7 @@ from tunesmith.measure.parity import logit_parity
 from tunesmith.methods.adapter_files import places_of_adapters
 from tunesmith.models.modes import autocasting
 from tunesmith.models.output_head import check_output_head
+from tunesmith.models.quiet import without_progress_bars
 from tunesmith.objectives.sampling import FromReplies
 from tunesmith.types import Proof
 
@@ -176,6 +177,8 @@ def starts_at_base(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers)
     """A method that promises identity at the start gives the base model's loss, bit for bit."""
     if not all(part.attachment.identity_at_start for part in assembled.tuned.parts):
         return Proof("starts at the base", True, "not promised by this method")
+    if not assembled.tuned.keeps_base:
+        return Proof("starts at the base", True, "not looked at, with method.keep_base: false")
     on = _loss(assembled, rows, peers)
     with assembled.tuned.disabled():
         off = _loss(assembled, rows, peers)
@@ -221,9 +224,10 @@ def reads_back(tuned: TunedModel, directory: Path) -> Proof:
 
 def whole_model_reads_back(tuned: TunedModel, directory: Path) -> Proof:
     """The saved model holds, bit for bit, the trained weights in their saved dtype."""
-    saved: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        saved |= load_file(file)
+    # Loaded and not only read: files name the experts of a mixture otherwise than the model does.
+    with without_progress_bars():
+        model = type(tuned.model).from_pretrained(directory, dtype="auto", local_files_only=True)
+    saved = model.state_dict()
     trained = {name: p.detach() for name, p in tuned.trainable().items()}
     equal = all(torch.equal(saved[n], p.cpu().to(saved[n].dtype)) for n, p in trained.items())
     return Proof("saved model reads back equal", equal, f"{len(trained)} tensors in {directory}")

@@ -77,11 +77,13 @@ def _changes(planned: Plan) -> Iterator[_Change]:
         yield _set("engine.checkpointing", "attention", "all but attention twice")
     if recomputes and checkpointing not in {"full", "offload"}:
         yield _set("engine.checkpointing", "full", "one more forward pass a step, about a third")
-    for _ in range(int(math.log2(run.train.batch_size))):
+    for factor in _prime_factors(run.train.batch_size):
         yield _Change(
-            "train.batch_size halved, train.accumulation_steps doubled",
+            f"train.batch_size divided by {factor}, train.accumulation_steps times {factor}"
+            if factor > 2
+            else "train.batch_size halved, train.accumulation_steps doubled",
             "smaller products, which fill a GPU less",
-            _halved,
+            partial(_divided, factor),
         )
     if _changes_to_nf4(run):
         yield _set("model.quantize", "nf4", "weights are dequantised for every product")
@@ -103,10 +105,22 @@ def _set(key: str, value: str, price: str) -> _Change:
     return _Change(f"{key}={value}", price, changed)
 
 
-def _halved(run: Run) -> Run:
+def _prime_factors(number: int) -> Iterator[int]:
+    """Yield the prime factors of `number`, the smallest first."""
+    factor = 2
+    while number > 1:
+        if number % factor:
+            factor += 1
+            continue
+        yield factor
+        number //= factor
+
+
+def _divided(factor: int, run: Run) -> Run:
+    """Return `run` with smaller micro-batches and the same effective batch."""
     size, steps = run.train.batch_size, run.train.accumulation_steps
-    halves = {"batch_size": size // 2, "accumulation_steps": steps * 2}
-    return run.model_copy(update={"train": run.train.model_copy(update=halves)})
+    parts = {"batch_size": size // factor, "accumulation_steps": steps * factor}
+    return run.model_copy(update={"train": run.train.model_copy(update=parts)})
 
 
 def _may_recompute(run: Run) -> bool:

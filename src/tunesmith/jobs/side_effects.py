@@ -14,6 +14,7 @@ import torch
 
 from tunesmith.data.collate_replies import ReplyCollator
 from tunesmith.data.collate_taught import TaughtCollator
+from tunesmith.data.pairs_collate import JudgedCollator
 from tunesmith.data.rows import TokenRow
 from tunesmith.engine.evaluation import mean_loss, measuring
 from tunesmith.errors import SpecError
@@ -25,7 +26,7 @@ from tunesmith.objectives import SFT
 if TYPE_CHECKING:
     from tunesmith.engine.distribution import Peers
     from tunesmith.jobs.assemble import Assembled
-    from tunesmith.types import JSON
+    from tunesmith.types import JSON, Collate
 
 MOST_TOKENS: Final = 4096
 """Of the general text."""
@@ -76,12 +77,17 @@ def general_loss(assembled: Assembled, peers: Peers) -> float | None:
             "evaluation.general: the loss on general text needs a language model's head, which "
             f"the objective {assembled.run.objective.name} has not; leave it out"
         )
-    program, collate = assembled.program, assembled.collate
-    # Their objectives have no loss of a text that nobody else has spoken on.
-    if isinstance(collate, ReplyCollator | TaughtCollator):
-        program, collate = Program(assembled.tuned.model, SFT()), collate.plain
+    if assembled.tuned.model.config.is_encoder_decoder:
+        raise SpecError(
+            "evaluation.general: the loss on general text is that of going on with it, and "
+            f"{assembled.run.model.name} reads and writes apart; leave it out"
+        )
+    own = assembled.collate
+    more = JudgedCollator | ReplyCollator | TaughtCollator
+    collate: Collate[TokenRow] = own.plain if isinstance(own, more) else own
+    # Whatever a run learns by: other objectives have no loss of a plain text, or another one.
     metrics = mean_loss(
-        program,
+        Program(assembled.tuned.model, SFT()),
         _rows(assembled, name),
         collate,
         batch_size=assembled.run.evaluation.batch_size,

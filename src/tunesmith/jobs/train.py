@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console as Terminal
@@ -17,6 +17,7 @@ from tunesmith.engine.listeners import Console, JsonlWriter
 from tunesmith.engine.loop import Outcome, fit
 from tunesmith.engine.task import Task, nothing_to_do
 from tunesmith.engine.trackers import Trackers
+from tunesmith.errors import SpecError
 from tunesmith.jobs.assemble import Assembled, assemble
 from tunesmith.jobs.environment import environment
 from tunesmith.jobs.examine import Examiner, Reply
@@ -36,7 +37,7 @@ from tunesmith.jobs.side_effects import general_loss_of_base, side_effects
 from tunesmith.jobs.summary import summarise
 from tunesmith.measure.process_heap import give_back
 from tunesmith.methods.adapter_files import write_adapters
-from tunesmith.methods.child import base_parameters
+from tunesmith.methods.child import base_parameters, computed_parameters
 from tunesmith.methods.head import HeadAttachment
 from tunesmith.objectives import Distillation
 from tunesmith.objectives.sampling import FromReplies
@@ -100,6 +101,7 @@ def train(
     # Before the directory is written: a reward that cannot be used leaves nothing behind.
     samples = isinstance(assembled.run.objective, FromReplies)
     examiner = ReplyExaminer(assembled, peers) if samples else examiner_of(assembled, peers)
+    _check_measured(assembled.run, examiner.has_rows)
     heard = [*_listeners(run, directory), *listeners]
     resume_from = find_resumable(directory.path, listeners=heard) if resume else None
     if peers.is_main:
@@ -131,6 +133,13 @@ class Recorder:
     examiner: Examiner | LabelExaminer | RewardExaminer | ReplyExaminer
     directory: RunDirectory
     listeners: Sequence[Listener]
+    examined: bool = field(default=False, init=False)
+    """Whether this process has measured, and so knows what each row scored."""
+
+    def examine(self) -> dict[str, float]:
+        """Return all metrics of the model as it is now; every process calls this alike."""
+        self.examined = True
+        return self.examiner.examine()
 
     def __call__(self, event: Event) -> None:
         """After an evaluation, pass the sample replies on; the first ones go to samples.json."""
@@ -175,6 +184,19 @@ def _teller(peers: Peers) -> Say:
             terminal.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return say
+
+
+def _check_measured(run: Run, has_rows: bool, /) -> None:
+    """Refuse to stop by evaluations that have no rows.
+
+    Raises:
+        SpecError: the run is to stop early, and there is nothing to measure on.
+    """
+    if run.train.early_stopping is not None and not has_rows:
+        raise SpecError(
+            "train.early_stopping: there are no evaluation rows that could tell when; set "
+            "data.holdout or data.evaluation, or leave early_stopping out"
+        )
 
 
 def _tell_proofs(proofs: Sequence[Proof], say: Say) -> None:
@@ -234,7 +256,7 @@ def _fit(
         task.rows = Experience(assembled, peers, recorder.examiner.reward, listeners)
     elif isinstance(run.objective, Distillation) and run.objective.on_policy > 0:
         task.rows = OwnReplies(assembled, run.objective, peers)
-    task.evaluate = recorder.examiner.examine if recorder.examiner.has_rows else None
+    task.evaluate = recorder.examine if recorder.examiner.has_rows else None
     try:
         return fit_run(
             run,
@@ -306,7 +328,10 @@ def _finish(
         say(f"taking the best model, of step {outcome.best.step}")
         newest = {step_of(path): path for path in checkpoints(directory.path)}
         assembled.tuned.load_state_dict(load_trainable(newest[outcome.best.step]))
-        after = recorder.examiner.examine()
+        after = recorder.examine()
+    elif recorder.examiner.has_rows and not recorder.examined:
+        # Resumed behind the last evaluation, whose rows the process before has taken along.
+        after = recorder.examine()
     without_roles(assembled.tuned)
     effects = side_effects(assembled, peers, ending.general) | findings(assembled, peers)
     save_result(assembled.tuned, assembled.tokenizer, directory, peers)
@@ -336,7 +361,8 @@ def _finish(
 
 def everything_trains(tuned: TunedModel) -> bool:
     """Return whether the result is a whole model rather than something beside one."""
-    return set(base_parameters(tuned.model)) == set(tuned.trainable())
+    own = base_parameters(tuned.model).keys() - computed_parameters(tuned.model)
+    return own == set(tuned.trainable())
 
 
 def save_result(

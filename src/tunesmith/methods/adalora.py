@@ -186,10 +186,9 @@ class SingularTriplets(Mergeable):
 
     def orthogonality(self) -> Tensor:
         """Return |P^T P - I| + |Q Q^T - I|, Frobenius norms (eq. 4, unsquared as in the code)."""
-        one = torch.eye(self.place.rank, device=self.P.device)
-        return torch.linalg.norm(self.P.T @ self.P - one) + torch.linalg.norm(
-            self.Q @ self.Q.T - one
-        )
+        P, Q = full(self.P), full(self.Q)
+        one = torch.eye(self.place.rank, device=P.device)
+        return torch.linalg.norm(P.T @ P - one) + torch.linalg.norm(Q @ Q.T - one)
 
 
 class AdaLoraAttachment(MergeableAttachment):

@@ -14,6 +14,7 @@ from tunesmith.methods.tensors import check_against, copy_into
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
 
 
 class Child(nn.Module):
@@ -116,6 +117,14 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 seen.add(id(parameter))
                 names[f"{path}.{leaf}" if path else leaf] = parameter
     return names
+
+
+def computed_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """Return the base parameters that no file holds: Marian's positions, sines and cosines.
+
+    What they learned would be gone with the next saving.
+    """
+    return frozenset(model._keys_to_ignore_on_save or ())
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

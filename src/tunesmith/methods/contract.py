@@ -44,6 +44,11 @@ class Attachment(ABC):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return what trains, by its full name in the model."""
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base is still there, so that the method can be switched off."""
+        return True
+
     def learning_rate_scale(self, name: str) -> float:
         """Return what the learning rate of the trainable `name` is multiplied by."""
         del name

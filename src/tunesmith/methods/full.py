@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
-from tunesmith.methods.child import base_parameters
+from tunesmith.methods.child import base_parameters, computed_parameters
 from tunesmith.methods.contract import Method
 from tunesmith.methods.selected import SelectedParameters
 
@@ -37,14 +37,14 @@ class Full(Method):
         *,
         name: str = "default",
     ) -> SelectedParameters:
-        """Select every parameter of the base.
+        """Select every parameter of the base but for those that are computed.
 
         Raises:
             MethodError: a parameter is quantised, or another method trains it.
         """
         return SelectedParameters(
             model,
-            base_parameters(model),
+            base_parameters(model).keys() - computed_parameters(model),
             keep_base=self.keep_base,
             in_float32=self.weights == "float32",
         )

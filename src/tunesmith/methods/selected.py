@@ -75,6 +75,11 @@ class SelectedParameters(Attachment):
         """Return what it trains."""
         return frozenset(self._dtypes)
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base's values were kept."""
+        return self._base.keys() == self._dtypes.keys()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained values, also while the base's are in their place."""
         return dict(self._aside) or super().state_dict()

@@ -71,6 +71,11 @@ class TunedModel(Parts):
         """Whether every method leaves the base's logits alone until the first step."""
         return all(attachment.identity_at_start for attachment in self.attachments)
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether every method can be switched off, so that the untuned model can be had."""
+        return all(attachment.keeps_base for attachment in self.attachments)
+
     @contextmanager
     def attaching(self) -> Iterator[None]:
         """Freeze the base, and detach, should the block fail, what it attached.

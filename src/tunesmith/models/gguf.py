@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -11,6 +12,14 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tunesmith.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+# Of what llama.cpp calls the ways to split a text (src/llama-vocab.cpp): each digit alone and then
+# as GPT-2, which is SmolLM's, StarCoder's and Granite's (refact) ...
+_DIGITS_APART: Final = {"codeshell", "command-r", "exaone", "refact", "smollm", "starcoder"}
+# ... and plainly as GPT-2.
+_AS_GPT2: Final = {"gpt-2", "jais", "mpt", "olmo", "phi-2", "trillion"}
 
 # Types of header values, of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 _STRING: Final = 8
@@ -63,12 +72,26 @@ def load_gguf_tokenizer(path: Path) -> Any:
             f"model.name: transformers cannot read the tokenizer of '{path}' "
             f"('{fields.get('tokenizer.ggml.model')}'): {first_line(error)}"
         ) from error
-    if fields.get("tokenizer.ggml.pre") == "smollm":
+    splits = fields.get("tokenizer.ggml.pre")
+    if splits in _DIGITS_APART:
         # transformers drops the step that splits digits, and with it how blanks before them split.
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
+    elif splits not in {None, *_AS_GPT2} and _splits_as_gpt2(tokenizer):
+        logger.warning(
+            "model.name: '%s' was made to split texts as '%s' does, and transformers splits them "
+            "as GPT-2 does, so some become other tokens than the model learned from; name the "
+            "original tokenizer by model.tokenizer",
+            path,
+            splits,
+        )
     return tokenizer
+
+
+def _splits_as_gpt2(tokenizer: Any) -> bool:
+    """Return whether nothing but GPT-2's own step splits texts: what transformers falls back to."""
+    return isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel)
 
 
 def read_fields(path: Path) -> dict[str, str]:

@@ -28,7 +28,12 @@ _TIMEOUT: Final = 10
 
 
 def download(
-    name: str, settings: ModelSettings, *, otherwise: str, only: Sequence[str] | None = None
+    name: str,
+    settings: ModelSettings,
+    *,
+    otherwise: str,
+    only: Sequence[str] | None = None,
+    key: str = "model.name",
 ) -> Path:
     """Return the local directory of Hub model `name`: from the Hub, or from its cache if offline.
 
@@ -37,6 +42,7 @@ def download(
         settings: for the revision, and whether Python files may come along.
         otherwise: end of the message when there is no such model.
         only: names of files, where not all are needed.
+        key: the setting that says `name`.
 
     Raises:
         ModelError: no such model or revision, no access, or offline and not cached.
@@ -51,14 +57,14 @@ def download(
         )
     except LocalEntryNotFoundError as error:
         why = "this machine is offline and the Hub's cache does not have it"
-        raise ModelError(f"model.name: '{name}' is no path, and {why}{otherwise}") from error
+        raise ModelError(f"{key}: '{name}' is no path, and {why}{otherwise}") from error
     except HFValidationError as error:
         raise ModelError(
-            f"model.name: '{name}' is neither a path nor a name the Hub could have{otherwise}"
+            f"{key}: '{name}' is neither a path nor a name the Hub could have{otherwise}"
         ) from error
     except GatedRepoError as error:
         raise ModelError(
-            f"model.name: '{name}' is gated; ask for access on its Hub page, then `hf auth login`"
+            f"{key}: '{name}' is gated; ask for access on its Hub page, then `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(
@@ -66,8 +72,8 @@ def download(
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"model.name: '{name}' is no path, and the Hub has no such public model{otherwise}"
+            f"{key}: '{name}' is no path, and the Hub has no such public model{otherwise}"
         ) from error
     except HfHubHTTPError as error:
-        raise ModelError(f"model.name: the Hub did not hand out '{name}' ({error})") from error
+        raise ModelError(f"{key}: the Hub did not hand out '{name}' ({error})") from error
     return Path(directory)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OF_TOKENIZERS: Final = ("*.json", "*.model", "*.txt", "*.jinja")
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -107,7 +108,13 @@ def load_tokenizer(settings: ModelSettings, *, chats: bool = True) -> PreTrained
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    place = locate(settings.tokenizer or settings.name, settings)
+    other = settings.tokenizer
+    if other is None or other == settings.name:
+        place = locate(settings.name, settings)
+    else:
+        # The revision is the model's, and so are weights.
+        its = settings.model_copy(update={"revision": None})
+        place = locate(other, its, only=_OF_TOKENIZERS, key="model.tokenizer")
     return _tokenizer_at(place, settings, chats=chats)
 
 
@@ -131,13 +138,20 @@ def is_encoder_decoder(settings: ModelSettings) -> bool:
     return holds_encoder_decoder(locate(settings.name, settings))
 
 
-def locate(name: str, settings: ModelSettings, *, only: Sequence[str] | None = None) -> Path:
+def locate(
+    name: str,
+    settings: ModelSettings,
+    *,
+    only: Sequence[str] | None = None,
+    key: str = "model.name",
+) -> Path:
     """Return the directory or GGUF file that `name` stands for: a path, zoo name or Hub id.
 
     Args:
         name: what to look up.
         settings: for the Hub's revision.
         only: names of the files to fetch from the Hub; None is all that a model needs.
+        key: the setting that says `name`.
 
     Raises:
         ModelError: nothing of this name.
@@ -147,15 +161,13 @@ def locate(name: str, settings: ModelSettings, *, only: Sequence[str] | None = N
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.is_file():
-        raise ModelError(
-            f"model.name: '{name}' is a file and not a model directory or a .gguf file"
-        )
+        raise ModelError(f"{key}: '{name}' is a file and not a model directory or a .gguf file")
     if name in MODELS:
         return zoo_model(name)
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf"
     if looks_like_path or name.count("/") > 1:
-        raise ModelError(f"model.name: there is no file or directory '{name}'")
-    return download(name, settings, otherwise=near(name, MODELS), only=only)
+        raise ModelError(f"{key}: there is no file or directory '{name}'")
+    return download(name, settings, otherwise=near(name, MODELS), only=only, key=key)
 
 
 def _as_settings(name_or_settings: str | ModelSettings) -> ModelSettings:

@@ -19,7 +19,7 @@ class ModelSettings(Settings):
     anything else: the run then starts from it, and it belongs to what `disabled` and a reference
     mean by the base."""
     revision: str | None = None
-    """Hub revision: a commit, tag or branch."""
+    """Hub revision of the model: a commit, tag or branch."""
     dtype: DtypeName = "auto"
     """Dtype of the frozen weights; auto is bfloat16 where the hardware computes it well."""
     quantize: Literal["none", "fp8", "nf4", "int8"] = "none"
@@ -35,7 +35,8 @@ class ModelSettings(Settings):
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation; auto is segment-aware, which packing and padding-free need."""
     tokenizer: str | None = None
-    """Where the tokenizer comes from, if not from the model: a path, zoo name or Hub id."""
+    """Where the tokenizer comes from, if not from the model: a path, zoo name or Hub id, whose
+    newest revision is taken."""
     chat_template: str | None = None
     """A built-in template (`chatml`, `plain`, `text`) or a path to a Jinja file, instead of the
     model's; `text` is the turns' bare text, as encoder-decoders without a template read it."""

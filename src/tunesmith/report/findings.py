@@ -134,7 +134,12 @@ class Findings:
         return best > base if self.higher_is_better else best < base
 
     def as_good_as_best(self) -> list[FoundRow]:
-        """Return the trained rows that cannot be told from the best, it included."""
+        """Return the trained rows that cannot be told from the best, it included.
+
+        That is the best alone where nothing says how far chance goes.
+        """
+        if self.trained and self.trained[0].low is None:
+            return self.trained[:1]
         return [row for row in self.trained if row.p_value is None or row.p_value >= SIGNIFICANT]
 
 

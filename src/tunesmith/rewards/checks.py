@@ -11,9 +11,17 @@ from pydantic import Field, model_validator
 
 from tunesmith.rewards.contract import RewardKind, Scored, column
 
+_NO_SPACES: Final = (
+    "\u3040-\u30ff"  # Hiragana, Katakana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Han
+    "\u0e00-\u0e4f\u0e5a-\u0ecf\u1000-\u103f\u1780-\u17df"  # Thai, Lao, Burmese, Khmer
+    "\uac00-\ud7af"  # Hangul
+)
+"""Letters that a number follows without a space; behind those of others (x2) it is a name's."""
 # 1,234.5, 1234.5 and .5 are one number each; in "1, 2" and "10,20" the comma parts two.
 _NUMBER: Final = re.compile(
-    r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+    rf"(?<![^\W{_NO_SPACES}])(?<!\.)"
+    r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 )
 _MINUS: Final = "\N{MINUS SIGN}"
 _FENCE: Final = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)

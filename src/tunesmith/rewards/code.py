@@ -9,6 +9,7 @@ whole of Tunesmith in a container or a virtual machine.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import json
@@ -41,7 +42,8 @@ class Code(RewardKind):
     """Runs the reply's last ``` block (the whole reply where it has none), then each test."""
     column: str = "tests"
     """The column with the tests: one text or a list of texts of Python (`assert f(2) == 4`),
-    each of which passes where it raises nothing."""
+    each of which passes where it raises nothing. A text may be such a list written out, as JSON or
+    as Python does."""
     all_or_nothing: bool = False
     """Give 1 only where every test passes, else 0."""
     timeout: float = Field(default=5.0, gt=0)
@@ -65,13 +67,30 @@ class Code(RewardKind):
             tests = column(row, self.column)
         except ValueError as error:
             return RewardError(number, str(error))
-        tests = [tests] if isinstance(tests, str) else tests
-        if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
+        tests = _several(tests) if isinstance(tests, str) else tests
+        if not isinstance(tests, list) or not tests or not all(map(_says_something, tests)):
             return RewardError(number, f"the column {self.column!r} holds no text or list of texts")
         passed = count_passed(
             last_fenced(row.reply), tests, timeout=self.timeout, memory=self.memory
         )
         return float(passed == len(tests)) if self.all_or_nothing else passed / len(tests)
+
+
+def _says_something(test: object) -> bool:
+    """Return whether it is a text that is not blank, which every code would pass."""
+    return isinstance(test, str) and bool(test.strip())
+
+
+def _several(text: str) -> list[str]:
+    """Return the tests of a text: itself, or those of a list written out, as CSV files have it.
+
+    Run as it stands such a list is a test that every code passes.
+    """
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            if isinstance(found := read(text.strip()), list):
+                return found
+    return [text]
 
 
 def count_passed(code: str, tests: Sequence[str], *, timeout: float, memory: int) -> int:

@@ -46,9 +46,9 @@ class JsonSchema(RewardKind):
         from referencing.exceptions import Unresolvable
 
         shape = column(row, self.column) if self.shape is None else self.shape
-        validator = _validator(json.loads(shape) if isinstance(shape, str) else shape)
+        validator = _validator(_read(shape) if isinstance(shape, str) else shape)
         try:
-            value = json.loads(last_fenced(row.reply))
+            value = json.loads(last_fenced(row.reply), parse_constant=_refuse)
         except (ValueError, RecursionError):
             return 0.0
         try:
@@ -59,10 +59,24 @@ class JsonSchema(RewardKind):
             raise ValueError(f"the schema refers to {error.ref!r}, which is not in it") from None
 
 
+def _refuse(name: str) -> float:
+    """Refuse NaN and Infinity, which Python reads and JSON has not (RFC 8259, section 6)."""
+    raise ValueError(f"{name} is no JSON")
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no JSON Schema: {error}") from None
+
+
 def _validator(shape: Any) -> Validator:
     from jsonschema import SchemaError, validators
     from referencing import Registry
 
+    if type(shape) not in {dict, bool}:
+        raise ValueError(f"{shape!r} is no JSON Schema: expected an object, true or false")
     cls = validators.validator_for(shape, default=validators.Draft202012Validator)
     try:
         cls.check_schema(shape)

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from jinja2 import TemplateError
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from tunesmith.errors import DataError
 from tunesmith.models.encoder_decoder import read_ids, start_token
 from tunesmith.models.modes import evaluating
 from tunesmith.rollout.generate import end_of_turn, room_after
@@ -48,14 +50,10 @@ def stream_reply(
         seed: of the sampling.
 
     Raises:
-        DataError: the conversation leaves no room in the model's context.
+        DataError: the chat template refuses the conversation, such as one with a system turn, or it
+            leaves no room in the model's context.
     """
-    if model.config.is_encoder_decoder:
-        prompt = read_ids(tokenizer, messages)
-    else:
-        prompt = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+    prompt = _prompt(model, tokenizer, messages)
     limit = room_after(model, prompt, name="the conversation")
     room = max_new_tokens if limit is None else min(max_new_tokens, limit)
     sampler = _Sampler(temperature, top_p=top_p, top_k=top_k, seed=seed, device=model.device)
@@ -74,6 +72,25 @@ def stream_reply(
                 said = text
     if text != said:
         yield text[len(said) :]
+
+
+def _prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, Any]]
+) -> list[int]:
+    """Return what the model reads before it replies."""
+    try:
+        if model.config.is_encoder_decoder:
+            return read_ids(tokenizer, messages)
+        ids: list[int] = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise DataError(
+            f"the chat template refuses a conversation of the turns {roles} ({error}); leave out "
+            "what it has no place for"
+        ) from error
+    return ids
 
 
 class _Sampler:

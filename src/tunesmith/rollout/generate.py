@@ -137,7 +137,14 @@ def _continue(
     ids = padded(rows, settings.pad_token_id)
     # The mask goes by length: the padding token may also be a token of the text.
     mask = padded([torch.ones_like(row) for row in rows], 0)
-    output = model.generate(ids, attention_mask=mask, generation_config=settings)
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        generation_config=settings,
+        # Processes write different prompts, and those without any would be waited for in vain;
+        # transformers would have all wait for all as soon as FSDP is about, weights whole or not.
+        synced_gpus=False,
+    )
     # A decoder's output begins with what it was given: the prompt, or the token it starts from.
     given = 1 if apart else ids.shape[1]
     return output[:, given:].tolist()
