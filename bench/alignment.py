@@ -89,7 +89,20 @@ def collected(
             if facts and progress(facts) >= progress(known):
                 found[place.name] = {"file": file, "command": command} | facts
                 found[place.name]["changed"] = changed(place, EXAMPLES / f"{file}.yaml")
+                found[place.name]["replaced"] = replaced(known, facts)
     return found
+
+
+def replaced(known: dict[str, Any], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return when the runs were that `facts` take the place of: others ran beside them."""
+    now = times_of(facts)
+    return known.get("replaced", []) + [one for one in times_of(known) if one not in now]
+
+
+def times_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return device and times of a run, or of each run of a chain."""
+    runs = facts.get("stages", {"": facts} if facts else {}).values()
+    return [{"device": run["device"], "ran": run["ran"]} for run in runs]
 
 
 def progress(facts: dict[str, Any]) -> tuple[int, int, int]:

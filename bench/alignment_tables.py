@@ -104,7 +104,21 @@ def rewards(found: Found) -> str:
         for name in REWARD_MODELS
         if name not in names
     )
-    return f"{table(head, rows)}\n\n{how}{missing}{side_by_side(found, [found[n] for n in names])}"
+    beside = side_by_side(found, [found[n] for n in names])
+    doubts = "".join(unproved(name, found[name]) for name in names)
+    return f"{table(head, rows)}\n\n{doubts}{how}{missing}{beside}"
+
+
+def unproved(name: str, run: Found) -> str:
+    """Return what to say of a reward model that its rows do not tell from the rule of length."""
+    low, _ = run["intervals"]["accuracy"]
+    length = run["after"]["length_only_accuracy"]
+    if low > length:
+        return ""
+    return (
+        f"`{name}` as it was run is not told from length alone: {percent(length)} lies in its "
+        f"interval after {run['steps']} steps. "
+    )
 
 
 def ppo(found: Found, one: Found) -> str:

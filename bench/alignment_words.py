@@ -87,7 +87,9 @@ def side_by_side(found: Found, runs: Sequence[Found]) -> str:
 
 def beside(found: Found, run: Found) -> int:
     """Return the largest number of other runs on a run's device at a time of it."""
-    others = [s for o in every_run(found) if o["device"] == run["device"] for s in o["ran"]]
+    gone = [one for entry in found.values() for one in entry.get("replaced", [])]
+    runs = [*every_run(found), *gone]
+    others = [span for one in runs if one["device"] == run["device"] for span in one["ran"]]
     times = [begin for begin, _ in (*others, *run["ran"])]
     inside = [t for t in times if any(begin <= t < end for begin, end in run["ran"])]
     return max((sum(b <= t < e for b, e in others) - 1 for t in inside), default=0)
