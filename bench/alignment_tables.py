@@ -228,7 +228,7 @@ def over_optimisation(one: Found) -> str:
 
 def in_readme(found: Found) -> str:
     """Return what README says of alignment, in a few lines."""
-    said = [*reward_lines(found), *grpo_lines(found), *ppo_lines(found)]
+    said = [*reward_lines(found), *grpo_lines(found), *ppo_lines(found), *chain_lines(found)]
     if not said:
         return MISSING
     pairs = preference_lines(found)
@@ -253,6 +253,7 @@ def reward_lines(found: Found) -> list[str]:
     return [
         f"- a reward model on {label} ranks {percent(after['accuracy'], ends)} of held-out "
         f"pairs right, length alone {percent(after['length_only_accuracy'])}"
+        f"{', from which it is not told' if ends[0] <= after['length_only_accuracy'] else ''}"
         f"{where(found[name])}{smaller(found[name])}"
         for name, label in REWARD_MODELS.items()
         if name in found and "intervals" in found[name]
@@ -311,6 +312,21 @@ def ppo_lines(found: Found) -> list[str]:
             + where(runs[0])
         )
     return lines
+
+
+def chain_lines(found: Found) -> list[str]:
+    """Return a line for the whole chain, if its policies were judged."""
+    one = furthest(found, "rlhf-politeness") or {}
+    verdicts = {v["name"]: v for v in one.get("verdicts", []) if v["step"] is None}
+    if not {"sft", "ppo"} <= verdicts.keys():
+        return []
+    before, after = verdicts["sft"], verdicts["ppo"]
+    return [
+        f"- SFT, a reward model, PPO: a judge that no stage learns from prefers PPO's reply to "
+        f"SFT's on {percent(after['won']['sft'])} of {one['prompts']} held-out prompts, mean "
+        f"reward {number(before['reward'])} to {number(after['reward'])}, KL "
+        f"{number(after['kl'])} nats a reply{where(one['stages']['ppo'])}{smaller(one)}"
+    ]
 
 
 def where(run: Found) -> str:
