@@ -232,7 +232,7 @@ def table_of(name: str, file: str) -> str:
         f"{findings.facts['model']}, {seeds(steps)} of {steps.steps} steps; the file is "
         f"`bench/results/{name}.json`."
     )
-    return "\n".join([*lines, "", where])
+    return "\n".join([*lines, "", " ".join(filter(None, [where, findings.facts.get("remark")]))])
 
 
 def method(findings: Findings, row: FoundRow) -> list[str]:
