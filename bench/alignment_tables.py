@@ -111,14 +111,19 @@ def rewards(found: Found) -> str:
 
 def unproved(name: str, run: Found) -> str:
     """Return what to say of a reward model that its rows do not tell from the rule of length."""
-    low, _ = run["intervals"]["accuracy"]
-    length = run["after"]["length_only_accuracy"]
-    if low > length:
+    if beats_length(run):
         return ""
+    length = percent(run["after"]["length_only_accuracy"])
     return (
-        f"`{name}` as it was run is not told from length alone: {percent(length)} lies in its "
+        f"`{name}` as it was run is not told from length alone: {length} lies in its "
         f"interval after {run['steps']} steps. "
     )
+
+
+def beats_length(run: Found) -> bool:
+    """Return whether the whole interval of a reward model lies above the rule of length."""
+    low, _ = run["intervals"]["accuracy"]
+    return bool(low > run["after"]["length_only_accuracy"])
 
 
 def ppo(found: Found, one: Found) -> str:
@@ -253,7 +258,7 @@ def reward_lines(found: Found) -> list[str]:
     return [
         f"- a reward model on {label} ranks {percent(after['accuracy'], ends)} of held-out "
         f"pairs right, length alone {percent(after['length_only_accuracy'])}"
-        f"{', from which it is not told' if ends[0] <= after['length_only_accuracy'] else ''}"
+        f"{'' if beats_length(found[name]) else ', from which it is not told'}"
         f"{where(found[name])}{smaller(found[name])}"
         for name, label in REWARD_MODELS.items()
         if name in found and "intervals" in found[name]

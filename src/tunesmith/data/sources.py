@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -177,10 +177,15 @@ def _placed(rows: Iterator[FileRow], name: str, file: int, count: int) -> Iterat
 
 def content_hash(located: Located) -> str:
     """Return a hash of the bytes of all files (of a Hub data set: its revision), in order."""
-    digest = hashlib.sha256()
     if not located.files:
-        digest.update(fingerprint(located.source).encode())
-    for path in located.files:
+        return hashlib.sha256(fingerprint(located.source).encode()).hexdigest()
+    return hash_of_files(located.files)
+
+
+def hash_of_files(files: Iterable[Path]) -> str:
+    """Return a hash of the bytes of all files, in order."""
+    digest = hashlib.sha256()
+    for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

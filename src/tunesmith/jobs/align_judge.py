@@ -105,10 +105,8 @@ def _replies(judging: Judging, policy: Policy) -> dict[str, Any]:
         made = known["made"]
         # Replies of before this was written down, and files that did not move along, say nothing.
         if None in {made.get("data"), wanted["data"]}:
-            made, now = made | {"data": None}, wanted | {"data": None}
-        else:
-            now = wanted
-        if made == now:
+            made = {**made, "data": wanted["data"]}
+        if made == wanted:
             return known
     asked, said = _ask(judging, policy)
     found = {

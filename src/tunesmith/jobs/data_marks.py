@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tunesmith.data.files import reader_of
-from tunesmith.data.sources import locate
+from tunesmith.data.sources import hash_of_files, locate
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,11 +53,7 @@ def data_hash(sources: Iterable[Source]) -> str | None:
 def _content(files: tuple[Path, ...], state: tuple[tuple[int, int], ...]) -> str:
     """Return the hash of files that are in a state, which is asked for again and again."""
     del state
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return hash_of_files(files)
 
 
 def same_data(before: str, now: str) -> bool:
