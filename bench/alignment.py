@@ -49,6 +49,7 @@ DEMONSTRATIONS = (
     Demonstration("reward", "reward-harmless", "train"),
     Demonstration("reward", "reward-ultrafeedback", "train"),
     Demonstration("dpo", "polite-preferences", "align"),
+    Demonstration("dpo", "polite-preferences-more", "align"),
     Demonstration("ppo", "ppo-sentiment", "align"),
     Demonstration("ppo", "ppo-sentiment-cpu", "align"),
     Demonstration("grpo", "grpo-arithmetic", "train"),

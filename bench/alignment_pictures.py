@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 Found = dict[str, Any]
 Points = Sequence[tuple[float, float]]
 JUDGE = "reward_run_2"
+FAR = 30.0
+"""Nats of KL beyond which a run would hide the others in the picture."""
 """The second classifier of examples/ppo-sentiment.yaml, which teaches nothing."""
 OVER = "over-optimisation.svg"
 PPO_REWARD, PPO_KL, GRPO_REWARD = "ppo-reward.svg", "ppo-kl.svg", "grpo-reward.svg"
@@ -29,10 +31,11 @@ def pictures(found: Found) -> dict[str, str]:
             {name: evaluated(run, JUDGE) for name, run in runs.items()},
             y="reward by the held-out judge",
         )
+        held = {name: run for name, run in runs.items() if run["after"]["kl"] < FAR}
         made[PPO_KL] = lines(
             "KL to the reference",
-            {name: points(run, "kl") for name, run in runs.items()},
-            {name: evaluated(run, "kl") for name, run in runs.items()},
+            {name: points(run, "kl") for name, run in held.items()},
+            {name: evaluated(run, "kl") for name, run in held.items()},
             y="KL to the reference (nats a reply)",
         )
     if runs := of_objective(found, "grpo-arithmetic", "grpo"):
@@ -66,7 +69,9 @@ def short(stage: str, variant: str, run: Found) -> str:
     given = dict(option.partition("=")[::2] for option in options)
     largest = given.get("largest") or ("9" * int(given["digits"]) if "digits" in given else "")
     called = stage or (f"numbers to {largest}" if largest else variant)
-    return f"{called}, learning rate {run['learning_rate']:g}"
+    # A rate's own name says nothing beside the rate.
+    how = f", {variant.replace('-', ' ')}" if stage and variant and not variant[0].isdigit() else ""
+    return f"{called}{how}, learning rate {run['learning_rate']:g}"
 
 
 def judge(run: Found) -> list[tuple[float, float]]:

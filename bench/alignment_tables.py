@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable
 
 from alignment_chains import findings, judge_alone, policies, preferences, replies, stages
+from alignment_pairs import more_pairs
 from alignment_pictures import GRPO_REWARD, JUDGE, OVER, PPO_KL, PPO_REWARD, judge, of_objective
 from alignment_words import (
     MISSING,
@@ -49,7 +50,7 @@ def tables(found: Found) -> dict[str, str]:
         slot: make(one) if (one := furthest(found, file)) else MISSING
         for slot, (file, make) in makers.items()
     }
-    return made | {"rewards": rewards(found)}
+    return made | {"rewards": rewards(found), "more-pairs": more_pairs(found)}
 
 
 def furthest(found: Found, file: str) -> Found | None:
@@ -63,7 +64,7 @@ def page(found: Found) -> str:
     made = tables(found)
     parts = [
         ("Reward models", ["rewards"]),
-        ("Preference losses", ["preferences", "judge-alone"]),
+        ("Preference losses", ["preferences", "judge-alone", "more-pairs"]),
         ("PPO", ["ppo", "ppo-samples"]),
         ("GRPO", ["grpo"]),
         ("The whole chain", ["rlhf-stages", "rlhf-policies", "rlhf-findings", "rlhf-samples"]),
@@ -157,7 +158,11 @@ def ppo(found: Found, one: Found) -> str:
     kinds = [one["stages"][name]["after"]["accuracy"] for name in ("classifier", "judge")]
     single = any(JUDGE not in run.get("reward_intervals", {}) for run in seeds)
     unknown = any(run.get("general_loss") is None for run in seeds)
-    own = "".join(f" The last row: {command(found[ON_A_CPU], run)}" for run in small.values())
+    own = "".join(
+        f" On a CPU: {command(other, other['stages']['ppo'])}"
+        for other in found.values()
+        if other["file"] == ON_A_CPU and "ppo" in other["stages"]
+    )
     how = (
         f"{command(one, seeds[0])} Mean of the judge over seeds ({len(after)}): "
         f"{statistics.mean(after):.3g}{spread}, on "

@@ -88,7 +88,7 @@ def random_run(run: Run, device: torch.device) -> Assembled:
     ids[0] = ids[0][: length // 2]  # so that the others are not taken for free of padding
     rows = [Asked(some, [{"role": "user", "content": "-"}], {}) for some in ids]
     report = AskedReport((), len(rows), 0, 0, 0, ())
-    stream = AskedStream(rows, report, run.data, seed=0)
+    stream = AskedStream([rows], report, run.data, seed=0)
     mixed = any(part.attachment.trains_base for part in tuned.parts)
     return Assembled(
         run=run,

@@ -26,6 +26,8 @@ KINDS = {
     "optimiser and clipping": r"aten::(_fused_adamw_|_foreach_)",
 }
 """What an operator's name begins with; the first that fits counts."""
+PROFILED_WITH = {"long": "fp8, every block computed again as a whole"}
+"""How a row was profiled that can be done in several ways."""
 
 
 def main() -> None:
@@ -57,7 +59,8 @@ def page(device: str, tables: list[Path]) -> str:
     for row, times in found.items():
         total = sum(times.values())
         cells = [f"{times[name]:.1f} ({times[name] / total:.0%})" for name in names]
-        lines.append(f"| {ROWS[row].about} | {' | '.join(cells)} | {total:.1f} |")
+        how = f" ({PROFILED_WITH[row]})" if row in PROFILED_WITH else ""
+        lines.append(f"| {ROWS[row].about}{how} | {' | '.join(cells)} | {total:.1f} |")
     return "\n".join([*lines, ""])
 
 

@@ -190,6 +190,19 @@ def train(
     )
 
 
+def gradients_seen(task: Task[Any]) -> list[dict[str, Tensor]]:
+    """Collects the gradients of each step, as methods see them after it."""
+    seen: list[dict[str, Tensor]] = []
+
+    def keep(step: int, total: int) -> None:
+        del step, total
+        named = task.model.named_parameters()
+        seen.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    task.on_step = keep
+    return seen
+
+
 def events_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The events of one kind in a run's record."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

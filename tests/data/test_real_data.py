@@ -133,6 +133,33 @@ def test_the_zoo_s_sentences_become_questions_with_labels(tmp_path: Path) -> Non
     assert found.evaluation_report.also_in_training == 0
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_a_data_set_come_by_their_names(
+    streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    kinds, tags = (
+        datasets.ClassLabel(names=["neg", "pos"]),
+        datasets.ClassLabel(names=["O", "B-LOC"]),
+    )
+    features = {
+        "text": datasets.Value("string"),
+        "label": kinds,
+        "tags": datasets.Sequence(tags),
+        "votes": datasets.Value("int64"),
+    }
+    columns = {"text": ["a", "b", "c"], "label": [1, 0, -1], "tags": [[0, 1], [], [1]]}
+    rows = datasets.Dataset.from_dict(
+        columns | {"votes": [1, 0, 1]}, features=datasets.Features(features)
+    )
+    made = rows.to_iterable_dataset() if streaming else rows
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    found = [row.value for row in read_hub(Source(path="some/set"), streaming=streaming)]
+    assert found[0] == {"text": "a", "label": "pos", "tags": ["O", "B-LOC"], "votes": 1}
+    assert found[1] == {"text": "b", "label": "neg", "tags": [], "votes": 0}
+    assert found[2].get("label") is None
+
+
 def test_a_data_set_of_the_datasets_library_is_read_row_by_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

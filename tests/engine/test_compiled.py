@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from families import FAMILIES
-from numerics.matrix import IDS, base, method_of, trained, tuned_of
+from numerics.matrix import IDS, base, method_of, tokens, trained, tuned_of
 from plain_task import Network, plain_task, train, weights
 from tiny import tiny_llama
 from tunesmith.engine import compiled
@@ -29,6 +29,8 @@ from tunesmith.methods import LlamaAdapter, LoRA, ReFT
 from tunesmith.methods.contract import Method
 from tunesmith.methods.tuned import TunedModel, attach
 from tunesmith.models.attention import enable_segments
+from tunesmith.models.quantize import quantise
+from tunesmith.models.settings import ModelSettings
 from tunesmith.ops.loss_by_logits import is_plain
 
 CPU = torch.device("cpu")
@@ -57,10 +59,10 @@ def blocks_of(tuned: TunedModel) -> list[nn.Module]:
     return [tuned.model.get_submodule(block.path) for block in tuned.sites.blocks]
 
 
-def gradients(tuned: TunedModel, family: str) -> dict[str, Tensor]:
+def gradients(tuned: TunedModel, family: str, ids: Tensor = IDS) -> dict[str, Tensor]:
     torch.manual_seed(3)
     tuned.model.zero_grad()
-    FAMILIES[family].loss(tuned.model, IDS).backward()
+    FAMILIES[family].loss(tuned.model, ids).backward()
     named = tuned.trainable().items()
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
@@ -154,6 +156,25 @@ def segments(lengths: list[int]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "products"),
+    [("fp8", "dtype"), ("nf4", "dtype"), ("nf4", "float8"), ("int8", "dtype")],
+)
+def test_a_base_of_codes_is_in_one_graph_for_all_lengths(kind: str, products: str) -> None:
+    model = tiny_llama(hidden_size=64, intermediate_size=128).bfloat16()
+    settings = {"name": "tiny", "quantize": kind, "products": products}
+    quantise(model, ModelSettings.model_validate(settings), device="cpu")
+    tuned = trained(attach(model, LoRA(rank=4)))
+    tuned.model.train()
+    many = [tokens(2, length) for length in LENGTHS]
+    expected = [gradients(tuned, "llama", ids) for ids in many]
+    with training(tuned.model, blocks_of(tuned)) as running:
+        for ids, wanted in zip(many, expected, strict=True):
+            running.see({"input_ids": ids})
+            torch.testing.assert_close(gradients(tuned, "llama", ids), wanted)
+        assert not running.failed
+
+
 def test_segments_side_by_side_are_in_the_graph_whatever_their_number_and_lengths() -> None:
     tuned = four_layers()
     assert enable_segments(tuned.model)
@@ -226,6 +247,31 @@ def test_a_block_that_is_no_graph_runs_as_it_is_with_one_warning(
     assert graphs() > 0
     learned = {name.replace(".block.", "."): p for name, p in weights(broken).items()}
     torch.testing.assert_close(learned, weights(plain), atol=1e-6, rtol=1e-5)
+
+
+def test_an_error_of_the_compiler_itself_lets_a_block_run_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch passes its own failed assertions on as they are."""
+
+    def fail(*_: Any, **__: Any) -> Tensor:
+        error = AssertionError("lift_tracked_freevar_to_input")
+        if traces:
+            error._torch_dynamo_tracer_output = None  # type: ignore[attr-defined]
+        raise error
+
+    tuned = trained(attach(base("llama"), LoRA(rank=4)))
+    tuned.model.train()
+    expected = gradients(tuned, "llama")
+    monkeypatch.setattr(compiled.CompiledCall, "_compile", lambda self: fail)
+    traces = True
+    with training(tuned.model, blocks_of(tuned)) as running:
+        torch.testing.assert_close(gradients(tuned, "llama"), expected)
+        assert all("lift_tracked" in reason for reason in running.failed.values())
+        assert running.failed
+    traces = False  # and what the block itself finds wrong is not hidden
+    with training(tuned.model, blocks_of(tuned)), pytest.raises(AssertionError):
+        gradients(tuned, "llama")
 
 
 def test_the_model_is_uncompiled_after_a_run(

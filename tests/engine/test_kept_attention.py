@@ -24,7 +24,7 @@ from tiny import tiny_llama
 from tunesmith.engine import blocks
 from tunesmith.engine.blocks import Blocks, Level, levels_of, training_blocks
 from tunesmith.engine.recompute import ATTENTION as ATTENTIONS
-from tunesmith.engine.recompute import Mode, _policy
+from tunesmith.engine.recompute import _policy
 from tunesmith.engine.settings import EngineSettings
 from tunesmith.methods import LoRA
 from tunesmith.methods.tuned import TunedModel, attach
@@ -250,13 +250,10 @@ def test_blocks_that_keep_attention_and_blocks_that_keep_more_stand_side_by_side
 
 
 def test_auto_keeps_less_in_more_and_more_blocks() -> None:
-    def shares(mode: Mode) -> list[Level]:
-        return [Level(mode, (index + 1) / 8) for index in range(8)]
-
-    first, last, settings = Level(None), Level("offload"), EngineSettings()
-    assert levels_of(settings, compiled=True) == [first, *shares("full"), last]
-    several = [Level("selective"), *shares("attention"), Level("full")]
-    assert levels_of(settings, compiled=False) == [first, *several, last]
+    shares = [Level("attention", (index + 1) / 8) for index in range(8)]
+    first, after, settings = Level(None), [Level("full"), Level("offload")], EngineSettings()
+    assert levels_of(settings, compiled=True) == [first, *shares, *after]
+    assert levels_of(settings, compiled=False) == [first, Level("selective"), *shares, *after]
 
 
 class Small(nn.Module):

@@ -16,6 +16,7 @@ from plain_task import Rows, events_of, in_process, long_run, plain_task, train,
 from tunesmith.engine.checkpoint import checkpoints, find_resumable, step_of
 from tunesmith.engine.events import Event, RunStarted, Warned
 from tunesmith.engine.listeners import JsonlWriter
+from tunesmith.engine.random_state import seeded
 from tunesmith.engine.task import Task
 from tunesmith.errors import SpecError
 from tunesmith.types import Batch, LossTerms
@@ -61,6 +62,24 @@ def test_without_resuming_the_seed_decides(tmp_path: Path) -> None:
     train(first, tmp_path / "first")
     train(second, tmp_path / "second")
     assert equal(weights(first), weights(second))
+
+
+def test_a_seed_is_drawn_from_for_a_while_without_a_word_about_many_gpus(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """PyTorch warns where it has to find several devices by itself, and tells to hide the rest."""
+    states = {index: torch.zeros(16, dtype=torch.uint8) for index in range(4)}
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, index: states.pop(index))
+    before = torch.get_rng_state()
+    with seeded(3):
+        drawn = torch.rand(2)
+    assert not states
+    assert not recwarn.list
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(drawn, torch.rand(2, generator=torch.Generator().manual_seed(3)))
 
 
 def test_evaluation_disturbs_nothing(tmp_path: Path) -> None:

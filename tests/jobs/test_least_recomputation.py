@@ -41,11 +41,12 @@ def test_what_is_not_needed_is_not_planned() -> None:
 def test_the_share_of_memory_that_a_process_may_take_is_kept_to(
     share: float, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = {
-        "mem_get_info": (40, 100),
-        "memory_reserved": 30,
-        "get_per_process_memory_fraction": share,
-    }
-    for name, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, name, lambda _, answer=answer: answer, raising=False)
+    def share_of(index: int | None) -> float:
+        assert not isinstance(index, torch.device), "a device without an index is refused there"
+        return share
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", share_of, raising=False)
     assert room_on(torch.device("cuda")) == room
+    assert room_on(torch.device("cuda", 1)) == room

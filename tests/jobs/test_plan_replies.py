@@ -1,5 +1,6 @@
 """Plans of runs that sample, and of distillation: against real caches, steps and teachers."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+from families import VOCAB
 from reply_runs import run_of as sampling_run_of
 from tiny import tiny_bart, tiny_llama
 from tunesmith import Run
@@ -110,7 +112,15 @@ def test_a_step_of_replies_leaves_what_a_real_step_leaves(
     assert plan(run, device="cpu").alone.activations == pytest.approx(left, rel=0.07)
 
 
-@pytest.mark.parametrize("more", [{}, {"logits": "cached", "top_k": 4}], ids=["live", "cached"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"logits": "cached", "top_k": 4},
+        {"logits": "cached", "top_k": VOCAB, "divergence": "js"},
+    ],
+    ids=["live", "cached", "cached whole"],
+)
 def test_a_step_of_distillation_leaves_what_a_real_step_leaves(
     more: dict[str, Any], model: Path
 ) -> None:
@@ -240,6 +250,11 @@ def test_what_cannot_be_sampled_from_is_refused_by_its_name(model: Path, tmp_pat
         probe(plan(run_of(model, {"name": "ppo"}), device="cpu"))
 
 
+def test_more_tokens_of_a_teacher_than_there_are_are_refused_by_their_name(model: Path) -> None:
+    with pytest.raises(SpecError, match=r"objective.top_k: 5,000 tokens are more than the 300 "):
+        plan(run_of(model, distilling(model, logits="cached", top_k=5000)))
+
+
 def test_the_command_names_the_phase_and_shows_the_cache(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings_of(model, {"name": "grpo"})))
@@ -261,3 +276,12 @@ def test_the_least_recomputation_of_a_run_that_samples_is_planned(
     assert start is not None
     assert start.reason.startswith("planned at ")
     assert start.level.mode is None
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_what_is_measured_against_these_plans_still_runs(
+    name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "bench"))
+    measured_replies = importlib.import_module("plan_replies").measured_replies
+    assert measured_replies(run_of(model, {"name": name}), CPU) > 0

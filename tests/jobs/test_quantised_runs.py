@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import pairs
 import tunesmith
 from tiny import tiny_llama, tiny_tokenizer
 from tunesmith import (
@@ -16,6 +17,7 @@ from tunesmith import (
     Full,
     LoRA,
     ModelSettings,
+    Preference,
     Run,
     Source,
     TrainSettings,
@@ -25,6 +27,8 @@ from tunesmith.errors import SpecError
 from tunesmith.jobs.assemble import assemble
 from tunesmith.jobs.evaluate import evaluate
 from tunesmith.jobs.merge import merge
+from tunesmith.jobs.proofs_pairs import starts_at_reference
+from tunesmith.jobs.reference import with_reference
 from tunesmith.jobs.result import load_run
 from tunesmith.models.quantize import is_quantised
 
@@ -82,6 +86,29 @@ def test_a_run_trains_and_its_result_is_evaluated_and_merged(
     assert "largest difference of logits" in proofs["merged equals unmerged"].detail
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert {str(p.dtype) for p in written.parameters()} == {f"torch.{dtype}"}
+
+
+def test_a_reference_of_int8_is_the_start_though_other_batches_round_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which columns it multiplies unrounded, all rows of a batch decide."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+    tiny_llama(initializer_range=0.15, **sizes).save_pretrained(tmp_path / "wide")
+    tiny_tokenizer().save_pretrained(tmp_path / "wide")
+    model = {"name": str(tmp_path / "wide"), "dtype": "float32", "quantize": "int8"}
+    run = pairs.run_of(
+        tmp_path,
+        tmp_path / "wide",
+        Preference(),
+        model=ModelSettings.model_validate(model),
+        engine=EngineSettings(device="cpu", padding="right"),
+    )
+    peers = Peers(torch.device("cpu"))
+    assembled = with_reference(assemble(run.resolved(), peers, lambda line: None), peers)
+    proofs = starts_at_reference(assembled, assembled.data.train.peek(8), peers)
+    assert [proof.detail for proof in proofs if not proof.passed] == []
 
 
 def test_full_tuning_of_codes_is_refused_before_anything_is_read(

@@ -5,7 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from tunesmith import (
 )
 from tunesmith.engine.settings import CheckpointSettings
 from tunesmith.errors import SpecError
+from tunesmith.jobs import proofs
 from tunesmith.jobs.merge import merge
 from tunesmith.methods.contract import Method
 from tunesmith.spec import load_run_file
@@ -440,3 +444,15 @@ def test_a_tokenizer_may_name_tokens_that_no_row_has(tmp_path: Path, rows: Path)
     tokenizer.save_pretrained(directory)
     result = tunesmith.train(run_of(tmp_path, directory))
     assert result.summary["after"]["loss"] < result.summary["before"]["loss"]
+
+
+@pytest.mark.parametrize(("device", "passes"), [("cpu", False), ("cuda", True)])
+def test_a_start_at_the_base_is_exact_but_for_the_order_of_a_gpus_sums(
+    device: str, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([0.999999, 1.0])
+    monkeypatch.setattr(proofs, "_loss", lambda *_: next(losses))
+    tuned = SimpleNamespace(parts=[], keeps_base=True, disabled=nullcontext)
+    program = SimpleNamespace(model=SimpleNamespace(device=torch.device(device)))
+    assembled = SimpleNamespace(tuned=tuned, program=program, autocast_dtype=None)
+    assert proofs.starts_at_base(cast(Any, assembled), [], cast(Any, None)).passed == passes

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.engine.blocks import training_blocks
 from tunesmith.engine.settings import EngineSettings
-from tunesmith.measure.simulated_graph import Graphs, SimulatedGraph
+from tunesmith.measure.simulated_graph import Graphs, SimulatedGraph, _last_uses, _written
 from tunesmith.measure.simulated_memory import ROUNDING as ROUNDINGS
 from tunesmith.measure.simulated_memory import StepMemory, simulate_step
 from tunesmith.methods import Full, LoRA
@@ -145,3 +146,24 @@ def compiled_step(*, graphs: bool, mode: str = "none") -> StepMemory:
         step = simulate_step(model, batch, lambda inputs: SFT().loss(model, inputs).total)
     assert all(known.values())
     return step
+
+
+def test_what_a_fused_value_is_computed_from_stays_until_it_is_read() -> None:
+    """The sum of two products is computed by the kernel that also reads the third."""
+
+    def call(x: Tensor, w: Tensor) -> Tensor:
+        added = x @ w + x @ w.T
+        other = x @ (w @ w)
+        return torch.relu(added) * other @ w
+
+    graph = make_fx(call)(torch.ones(2, 3), torch.ones(3, 3)).graph
+    written, places = _written(graph), list(graph.nodes)
+    one, two, *_ = (node for node in places if node.target is torch.ops.aten.mm.default)
+    (add,) = one.users
+    assert add not in written
+    (times,) = (node for node in places if node.target is torch.ops.aten.mul.Tensor)
+    assert times in written
+    last_uses = _last_uses(graph, written)
+    assert {one, two, add} <= set(last_uses[times])
+    freed = [node for nodes in last_uses.values() for node in nodes]
+    assert sorted(freed, key=places.index) == [node for node in places if node.op != "output"]

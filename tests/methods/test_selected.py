@@ -92,6 +92,30 @@ def test_a_bfloat16_base_trains_in_float32_and_is_itself_again_when_disabled(
 
 
 @both
+def test_what_is_switched_under_autocast_is_cast_anew(
+    method: Method, model: PreTrainedModel, input_ids: Tensor, trained: Trained
+) -> None:
+    """Autocast keeps its casts of weights that train until its outermost block ends."""
+    tuned = trained(attach(model, method))
+
+    def logits() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(input_ids).logits
+
+    on = logits()
+    with tuned.disabled():
+        off = logits()
+    assert not torch.equal(on, off)
+    for base_first in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            if not base_first:
+                assert torch.equal(logits(), on)
+            with torch.no_grad(), tuned.disabled():
+                assert torch.equal(logits(), off)
+            assert torch.equal(logits(), on)
+
+
+@both
 def test_training_goes_on_after_looking_at_the_base(
     method: Method, input_ids: Tensor, loss: Loss
 ) -> None:
@@ -241,6 +265,12 @@ def test_a_partly_float32_model_generates_without_autocast() -> None:
     with tuned.disabled():
         assert torch.equal(model(ids).logits, base)
     assert torch.equal(tuned.detach()(ids).logits, base)
+
+
+def test_full_keeps_no_moments_in_float16() -> None:
+    with pytest.raises(MethodError, match="weights: float32"):
+        attach(tiny_llama().half(), Full(weights="model"))
+    attach(tiny_llama().half(), Full())
 
 
 def test_full_can_train_weights_in_the_dtype_of_the_model() -> None:

@@ -111,7 +111,8 @@ def trained(tuned: TunedModel) -> TunedModel:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in tuned.trainable().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            parameter.add_(0.1 * noise)
     return tuned
 
 

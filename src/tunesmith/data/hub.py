@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tunesmith.data.files import FileRow, without_padding
@@ -13,12 +13,31 @@ from tunesmith.errors import DataError
 def read_hub(source: Source, row: int = 0, *, streaming: bool = False) -> Iterator[FileRow]:
     """Yield the rows of one split of a Hub data set after the first `row` ones.
 
+    Labels that the data set keeps as numbers with names are given by their names.
+
     Raises:
         DataError: the Hub cannot be reached, or has no such data set, subset or split.
     """
     rows = _load(source, streaming=streaming)
+    names = _names_of_labels(rows.features or {})
     for number, values in enumerate(rows.skip(row), start=row + 1):
-        yield FileRow(number, number, without_padding(values))
+        named = {name: _named(value, names.get(name)) for name, value in values.items()}
+        yield FileRow(number, number, without_padding(named))
+
+
+def _names_of_labels(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the labels' names of the columns that hold labels or lists of them."""
+    inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
+    return {name: list(kind.names) for name, kind in inner.items() if hasattr(kind, "int2str")}
+
+
+def _named(value: Any, names: list[str] | None) -> Any:
+    """Return the name of a label, or of each of a list; -1 is the library's word for none."""
+    if names is None or value is None:
+        return value
+    if isinstance(value, list):
+        return [_named(each, names) for each in value]
+    return names[value] if value >= 0 else None
 
 
 def fingerprint(source: Source) -> str:

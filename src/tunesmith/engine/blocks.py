@@ -273,13 +273,10 @@ def levels_of(settings: EngineSettings, *, compiled: bool) -> list[Level]:
         return [Level(None)]
     if settings.checkpointing != "auto":
         return [Level(settings.checkpointing)]
-    # Compiled blocks compute the pointwise again as it is, wherever that costs no time. What they
-    # gain by keeping attention alone has not been measured on a GPU, so auto does not rely on it.
-    before: list[Level] = [] if compiled else [Level("selective")]
-    mode: Mode = "full" if compiled else "attention"
-    shares = [Level(mode, (index + 1) / SHARES) for index in range(SHARES)]
-    after = [] if compiled else [Level("full")]
-    return [Level(None), *before, *shares, *after, Level("offload")]
+    # Compiled blocks compute the pointwise again as it is, wherever that costs no time.
+    before = [] if compiled else [Level("selective")]
+    shares = [Level("attention", (index + 1) / SHARES) for index in range(SHARES)]
+    return [Level(None), *before, *shares, Level("full"), Level("offload")]
 
 
 def _shapes(batch: Batch) -> tuple[Any, ...]:

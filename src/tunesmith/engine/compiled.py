@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from tunesmith.models.zoo import cache_dir
+from tunesmith.ops.torch_errors import is_of_compiler, memory_error_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,10 +56,10 @@ class CompiledCall:
         """
         try:
             return self._call(self._block, *args, **kwargs)
-        except TorchDynamoException as error:
-            # What the compiler hits while it tries kernels out is about memory and not the block.
-            inner = getattr(error, "inner_exception", None)
-            if isinstance(inner, torch.OutOfMemoryError):
+        except Exception as error:
+            if not is_of_compiler(error):
+                raise
+            if (inner := memory_error_in(error)) is not None:
                 raise inner from error
             raise GraphError(reason_of(error)) from error
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
-import torch
-
 from tunesmith.engine import random_state
 from tunesmith.engine.blocks import TRIED, Blocks, Level, Start, training_blocks
 from tunesmith.engine.checkpoint import checkpoints, prune, remove_unfinished, size_of
@@ -171,17 +169,6 @@ def _begin(task: Task[R], train: TrainSettings, peers: Peers) -> Training[R]:
     )
 
 
-def _losses_of_range(task: Task[R]) -> list[str]:
-    """Return what is lost where gradients pass through float16, which ends at 6e-8."""
-    dtypes = {task.autocast_dtype, *(p.dtype for p in task.module.parameters())}
-    if torch.float16 not in dtypes:
-        return []
-    return [
-        "model.dtype: float16 without loss scaling: gradients below 6e-8 become 0, the more of "
-        "them the more tokens a step has; use bfloat16 or float32"
-    ]
-
-
 def _total_steps(train: TrainSettings, rows_per_epoch: int | None, effective_batch: int) -> int:
     if train.max_steps is not None:
         return train.max_steps
@@ -273,7 +260,7 @@ class _Loop(Generic[R]):
                 resumed_from=None if resume_from is None else str(resume_from),
             )
         )
-        for message in [*changes, *_losses_of_range(training.task)]:
+        for message in changes:
             self._warn(message)
         self.blocks.warn, self.blocks.choose = self._warn, self._tell_checkpointing
         if self.blocks.has_choice:

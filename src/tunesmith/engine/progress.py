@@ -45,6 +45,10 @@ class Progress:
     best: Best | None = None
     stale_evaluations: int = 0
     """Evaluations since the best one."""
+    loss_scale: float = 2.0**16
+    """What the loss is multiplied by, where float16 is computed in; see `LossScale`."""
+    steady_steps: int = 0
+    """Steps in a row for which that suited."""
 
     def record(self, metrics: dict[str, float], metric: str) -> bool:
         """Take note of an evaluation at this step, and return whether it is the best so far.

@@ -71,3 +71,13 @@ def preserved(device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore(state, device)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` on the CPU and on all GPUs, inside a `with` block, and put all back."""
+    several = torch.cuda.device_count() > 1
+    # Of several GPUs that are not named PyTorch warns, and tells to hide all but one.
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if several else None):
+        torch.manual_seed(seed)
+        yield

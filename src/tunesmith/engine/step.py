@@ -12,9 +12,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from tunesmith.engine.loss_scale import loss_scale_of
 from tunesmith.engine.optimizer import set_learning_rate, step_unless, takes_scale
 from tunesmith.engine.task import nothing_to_do
 from tunesmith.errors import TrainingError
+from tunesmith.ops.torch_errors import is_out_of_memory
 from tunesmith.types import R
 
 if TYPE_CHECKING:
@@ -122,6 +124,7 @@ class Stepper(Generic[R]):
         self.peers = training.peers
         self.progress = training.progress
         self.parameters = list(training.trainable.values())
+        self.scale = loss_scale_of(training.task, training.progress)
         self.model = model
         self.blocks = blocks
         self.max_grad_norm = max_grad_norm
@@ -135,7 +138,8 @@ class Stepper(Generic[R]):
         the two, and one process must not go on while another stays.
         """
         alone = self.peers.size == 1 and self.task.on_step is nothing_to_do
-        return alone and self.peers.device.type in AHEAD and takes_scale(self.optimizer)
+        by_device = self.peers.device.type in AHEAD and takes_scale(self.optimizer)
+        return alone and by_device and self.scale is None
 
     def step(self, rows: list[R], *, learning_rate: float) -> Taken:
         """Learn from `rows`, the global rows of one effective batch; a non-finite step is left out.
@@ -146,8 +150,11 @@ class Stepper(Generic[R]):
             TrainingError: memory does not suffice for a single row.
         """
         mine = rows[self.peers.rank :: self.peers.size]
-        while (gradients := self._accumulated(mine)) is None:
-            self._need_less()
+        while (gradients := self._accumulated(mine)) is None or self._too_large(gradients):
+            if gradients is None:
+                self._need_less()
+            else:
+                self.clear()
         set_learning_rate(self.optimizer, learning_rate)
         if self.runs_ahead:
             self._update_by_device(gradients.values)
@@ -157,6 +164,19 @@ class Stepper(Generic[R]):
             self._clip(gradients.values[0])
             self.optimizer.step()
         return taken
+
+    def _too_large(self, gradients: _Gradients) -> bool:
+        """Return whether gradients ran over in float16 and a smaller scale is there to help.
+
+        Nothing helps where the loss itself is not finite.
+        """
+        if self.scale is None:
+            return False
+        norm, loss = gradients.values[:2].isfinite().tolist()  # the norm is the same everywhere
+        if norm:
+            self.scale.hold()
+            return False
+        return not self.peers.any(not loss) and self.scale.lower()
 
     def _update_by_device(self, values: Tensor) -> None:
         """Clip and update in one pass, unless the norm or the loss is not finite."""
@@ -182,6 +202,8 @@ class Stepper(Generic[R]):
         told, sums = self._told(batches, counted or 1.0), _Sums()
         if told is None or not self._accumulate(told, counted or 1.0, sums):
             return None
+        if self.scale is not None:
+            self.scale.undo(self.parameters)
         return _Gradients(sums.beside(self._norm()), sorted(sums.metrics), counted, tokens)
 
     def _told(self, batches: list[Batch], divisor: float) -> list[Batch] | None:
@@ -193,7 +215,7 @@ class Stepper(Generic[R]):
             with torch.no_grad():
                 for batch in batches:
                     self._loss(batch, divisor, sums)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             self._stop_unless(self.model.can_retry, error)
             enough = False
         if self.peers.any(not enough):
@@ -215,13 +237,13 @@ class Stepper(Generic[R]):
                 with self.model.unsynced():
                     torch.autograd.backward(self._loss(batch, divisor, sums))
             loss = self._with_penalty(self._loss(batches[-1], divisor, sums))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             self._stop_unless(self.model.can_retry, error)
         if self.peers.any(loss is None) or loss is None:
             return False
         try:
             torch.autograd.backward(loss)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             self._stop_unless(self.peers.size == 1, error)
             return False
         return True
@@ -229,20 +251,27 @@ class Stepper(Generic[R]):
     def _loss(self, batch: Batch, divisor: float, sums: _Sums) -> Tensor:
         """Return this batch's share of the mean loss over the whole effective batch.
 
-        Gradients are averaged over processes, so the share is scaled up by their number.
+        Gradients are averaged over processes, so the share is scaled up by their number; and in
+        float16 by what `LossScale` says.
         """
         device, dtype = self.peers.device, self.task.autocast_dtype
         self.blocks.see(batch)
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             terms = self.model(self.peers.to_device(batch))
         sums.add(terms)
-        return terms.total * (self.peers.size / divisor)
+        total = terms.total if self.scale is None else terms.total.float()
+        return total * (self.peers.size / divisor * self._factor)
 
     def _with_penalty(self, loss: Tensor) -> Tensor:
         penalty = self.task.penalty()
         if penalty is None:
             return loss
-        return loss + (penalty.full_tensor() if isinstance(penalty, DTensor) else penalty)
+        whole = penalty.full_tensor() if isinstance(penalty, DTensor) else penalty
+        return loss + whole * self._factor
+
+    @property
+    def _factor(self) -> float:
+        return self.scale.value if self.scale is not None else 1.0
 
     def _norm(self) -> Tensor:
         """Return the norm of all gradients, ()."""
@@ -254,8 +283,14 @@ class Stepper(Generic[R]):
         if self.max_grad_norm is not None:
             clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
 
-    def _stop_unless(self, can_retry: bool, error: torch.OutOfMemoryError, /) -> None:
-        """Raise TrainingError where the other processes are already waiting for this one."""
+    def _stop_unless(self, can_retry: bool, error: RuntimeError, /) -> None:
+        """Raise `error` where it is not about memory.
+
+        Raises:
+            TrainingError: it is, and the other processes are already waiting for this one.
+        """
+        if not is_out_of_memory(error):
+            raise error
         if not can_retry:
             raise TrainingError(
                 f"out of memory in process {self.peers.rank} with {self.progress.micro_batch} rows "

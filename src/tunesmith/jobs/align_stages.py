@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.errors import TrainingError, TunesmithError
 from tunesmith.jobs.data_marks import data_line
 from tunesmith.jobs.moved import same_but_moved
-from tunesmith.jobs.processes import alone, end_with_parent
+from tunesmith.jobs.processes import alone, end_with_parent, started
 from tunesmith.jobs.run_directory import RunDirectory, clear, write_text
 from tunesmith.report.page import write_report
 
@@ -90,10 +89,7 @@ def in_a_process(work: Callable[..., None], *arguments: Any) -> int:
 
     A process, so that the memory of one stage, on the device too, is free for the next.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tunesmith.jobs.train"])
-    process = context.Process(target=_body, args=(work, arguments))
-    process.start()
+    process = started(_body, work, arguments)
     try:
         process.join()
     except KeyboardInterrupt:

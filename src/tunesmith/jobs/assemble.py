@@ -14,6 +14,7 @@ from tunesmith.data.collate_pairs import PairCollator
 from tunesmith.data.collate_replies import ReplyCollator
 from tunesmith.data.collate_taught import TaughtCollator
 from tunesmith.data.pairs_collate import JudgedCollator
+from tunesmith.engine.random_state import seeded
 from tunesmith.errors import ModelError, SpecError
 from tunesmith.jobs.base import load_base
 from tunesmith.jobs.known_tokens import check_tokens
@@ -245,8 +246,7 @@ def attach_seeded(model: PreTrainedModel, run: Run) -> TunedModel:
     """Attach the run's methods with initial weights that the run's seed decides."""
     if not run.methods:
         return TunedModel(model)  # asked as it is; nothing trains
-    with torch.random.fork_rng():
-        torch.manual_seed(run.seed)
+    with seeded(run.seed):
         return attach(model, *run.methods)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ from tunesmith.errors import SpecError, TunesmithError
 from tunesmith.jobs.data_marks import data_line, same_data
 from tunesmith.jobs.features_spec import FeatureRun, FeatureSettings
 from tunesmith.jobs.moved import same_but_moved
-from tunesmith.jobs.processes import end_with_parent
+from tunesmith.jobs.processes import end_with_parent, started
 from tunesmith.jobs.prompting_spec import PromptingRun, PromptingSettings
 from tunesmith.jobs.run_directory import RunDirectory, write_text
 from tunesmith.spec import validate
@@ -168,13 +167,7 @@ def _start(trial: Trial) -> BaseProcess:
     trial.failure.unlink(missing_ok=True)
     trial.asked.unlink(missing_ok=True)
     trial.log.parent.mkdir(parents=True, exist_ok=True)
-    # The heavy imports happen once, and every run is forked from there: a fresh process, whose peak
-    # memory is its own.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tunesmith.jobs.train"])
-    process = context.Process(target=_train, args=(trial,))
-    process.start()
-    return process
+    return started(_train, trial)
 
 
 def _note_death(process: BaseProcess, trial: Trial) -> None:

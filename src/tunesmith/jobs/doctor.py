@@ -47,7 +47,7 @@ def diagnose(model: str | None = None, method: str = "lora") -> list[Proof]:
         Proof("versions", True, _listed(package_versions())),
         Proof("processor", True, _processor()),
         Proof("accelerators", True, ", ".join(_accelerators()) or "none: runs use the CPU"),
-        *[_dtype_check(dtype, device) for dtype in (torch.float32, torch.bfloat16)],
+        *[_dtype_check(dtype, device) for dtype in _dtypes(device)],
         Proof("dtype auto", True, f"{_name(best_dtype(device))} on {device}"),
         _cache_check(),
         _attempt("one step on a tiny model", lambda: _step(_tiny_model(device))),
@@ -90,6 +90,12 @@ def _accelerators() -> list[str]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _dtypes(device: torch.device) -> list[torch.dtype]:
+    """Return what `model.dtype` may well be: float16 is for GPUs, the older ones above all."""
+    halves = [torch.bfloat16, torch.float16] if device.type == "cuda" else [torch.bfloat16]
+    return [torch.float32, *halves]
 
 
 def _dtype_check(dtype: torch.dtype, device: torch.device) -> Proof:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from tunesmith.jobs.labelled import compares
+from tunesmith.jobs.teacher import require_tokens
 from tunesmith.objectives import (
     PPO,
     Classification,
@@ -40,46 +41,40 @@ def full_batch(run: Run, model: PreTrainedModel, shape: tuple[int, int]) -> Batc
     objective = run.objective
     ids = torch.zeros((rows * sequences_a_row(run), length), dtype=torch.int64)
     mask, positions = torch.ones_like(ids), torch.arange(length)[None].expand(len(ids), length)
-    kept = _kept_of_teacher(run, model, rows * length)
     if isinstance(objective, Classification | TokenClassification):
         labels = _labels(objective, model, ids)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if model.config.is_encoder_decoder:
         both = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "labels": ids}
-        return both | kept
-    batch = {"input_ids": ids, "labels": ids, "position_ids": positions} | kept
+        return both | _kept_of_teacher(run, model, ids.numel())
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    # The first token of a row is predicted by nothing.
+    batch |= _kept_of_teacher(run, model, len(ids) * (length - 1))
     if isinstance(objective, FromReplies):
         return batch | _of_replies(objective, ids)
     if compares(run):
         batch |= {"attention_mask": mask, **_judged(_judgement(run), rows, length)}
-    if isinstance(objective, Distillation) and objective.logits == "cached":
-        return batch | _of_teacher(objective, model, ids)
     if isinstance(objective, Preference) and objective.needs_reference:
         batch["reference"] = torch.zeros(len(ids))
     return batch
 
 
 def _kept_of_teacher(run: Run, model: PreTrainedModel, positions: int) -> Batch:
-    """Return what a batch holds of a teacher that spoke before training."""
+    """Return what a batch holds of a teacher that spoke before training.
+
+    Raises:
+        SpecError: more of its tokens are to be kept than there are.
+    """
     objective = run.objective
     if not isinstance(objective, Distillation) or objective.logits != "cached":
         return {}
     vocab = model.get_output_embeddings().weight.shape[0]
+    require_tokens(objective, vocab)
     kept = outcomes(objective.top_k, vocab)
     return {
         "teacher_tokens": torch.zeros((positions, objective.top_k), dtype=torch.int32),
         "teacher_log_probs": torch.zeros((positions, kept)),
         "teacher_vocab": vocab,
-    }
-
-
-def _of_teacher(objective: Distillation, model: PreTrainedModel, ids: Tensor) -> Batch:
-    """Return what was kept of a teacher's word; a row's first token is predicted by nothing."""
-    positions, kept = len(ids) * (ids.shape[1] - 1), objective.top_k
-    return {
-        "teacher_tokens": torch.zeros((positions, kept), dtype=torch.int32),
-        "teacher_log_probs": torch.zeros(positions, kept + 1),
-        "teacher_vocab": model.config.get_text_config().vocab_size,
     }
 
 

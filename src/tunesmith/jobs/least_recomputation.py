@@ -140,7 +140,8 @@ def room_on(device: torch.device) -> int | None:
         free, total = torch.cuda.mem_get_info(device)
         # torch.cuda.set_per_process_memory_fraction sets it; older versions do not tell.
         share_of = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-        limit = int(total * share_of(device)) if share_of else total
+        # By its index: this one takes no device without one, unlike all the others.
+        limit = int(total * share_of(device.index)) if share_of else total
         return min(free + torch.cuda.memory_reserved(device), limit)
     if device.type == "cpu":
         return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)

@@ -4,17 +4,53 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
 from tunesmith.errors import TrainingError
 
 _LOCK_SECONDS: Final = 60.0
+
+
+def started(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Run `work` in a fresh process, whose peak memory is its own, and return the process.
+
+    The heavy imports happen once, in a server, and processes are forked from there. CUDA refuses
+    to work in these where an import asked how many devices there are, which depends on the versions
+    of the libraries; then each process is a new interpreter with imports of its own.
+    """
+    import torch
+
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tunesmith.jobs.train"])
+    forks = torch.version.cuda is None or _forks_can_use_cuda()
+    process = (server if forks else multiprocessing.get_context("spawn")).Process(
+        target=work, args=arguments
+    )
+    process.start()
+    return process
+
+
+@cache
+def _forks_can_use_cuda() -> bool:
+    process = multiprocessing.get_context("forkserver").Process(target=_ask)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def _ask() -> None:
+    import torch
+
+    sys.exit(torch.cuda._is_in_bad_fork())
 
 
 def end_with_parent() -> None:

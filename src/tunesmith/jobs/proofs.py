@@ -20,7 +20,12 @@ from tunesmith.jobs.proofs_labels import (
     labels_recorded,
     same_tokens,
 )
-from tunesmith.jobs.proofs_pairs import replies_apart, starts_at_reference
+from tunesmith.jobs.proofs_pairs import (
+    is_exact,
+    replies_apart,
+    start_tolerance,
+    starts_at_reference,
+)
 from tunesmith.jobs.proofs_replies import policy_starts_at_reference, sampling_agrees
 from tunesmith.measure.parity import logit_parity
 from tunesmith.methods.adapter_files import places_of_adapters
@@ -174,7 +179,7 @@ def head_understood(assembled: Assembled) -> Proof:
 
 
 def starts_at_base(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers) -> Proof:
-    """A method that promises identity at the start gives the base model's loss, bit for bit."""
+    """A method that promises identity at the start gives the base model's loss."""
     if not all(part.attachment.identity_at_start for part in assembled.tuned.parts):
         return Proof("starts at the base", True, "not promised by this method")
     if not assembled.tuned.keeps_base:
@@ -182,7 +187,7 @@ def starts_at_base(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers)
     on = _loss(assembled, rows, peers)
     with assembled.tuned.disabled():
         off = _loss(assembled, rows, peers)
-    close = abs(on - off) <= _tolerance(assembled) * max(1.0, abs(off))
+    close = abs(on - off) <= start_tolerance(assembled) * max(1.0, abs(off))
     return Proof("starts at the base", close, f"loss {on:.6f}, base model {off:.6f}")
 
 
@@ -190,20 +195,10 @@ def no_contamination(assembled: Assembled, rows: Sequence[TokenRow], peers: Peer
     """Rows side by side in one batch give the loss they give apart."""
     together = _loss(assembled, rows, peers)
     apart = sum(_loss(assembled, [row], peers) for row in rows)
-    close = abs(together - apart) <= 2e-2 * max(1.0, abs(apart))
-    exact = assembled.program.model.dtype == torch.float32 and assembled.autocast_dtype is None
-    # int8 picks the columns that it multiplies unrounded over all rows of a batch; float8 turns the
-    # last bits of an input, in which orders of sums differ, into a code's step now and then.
-    settings = assembled.run.model
-    if exact and settings.quantize != "int8" and not settings.multiplies_float8:
-        close = abs(together - apart) <= 1e-4 * max(1.0, abs(apart))
+    allowed = 1e-4 if is_exact(assembled) else 2e-2
+    close = abs(together - apart) <= allowed * max(1.0, abs(apart))
     kind = "side by side without padding" if assembled.padding_free else "padded"
     return Proof("rows do not see each other", close, f"{together:.4f} {kind}, {apart:.4f} apart")
-
-
-def _tolerance(assembled: Assembled) -> float:
-    """Float32 copies of bfloat16 weights round elsewhere; a hook that adds zero does not."""
-    return 0.0 if assembled.autocast_dtype is None else 2e-2
 
 
 def _loss(assembled: Assembled, rows: Sequence[TokenRow], peers: Peers) -> float:

@@ -10,6 +10,7 @@ from tunesmith.data.asked import AskedData
 from tunesmith.engine.evaluation import measuring
 from tunesmith.jobs.experience_lessons import OLD, lessons_of
 from tunesmith.jobs.experience_written import stops_of
+from tunesmith.jobs.proofs_pairs import start_tolerance
 from tunesmith.models.modes import autocasting
 from tunesmith.objectives.sampling import FromReplies
 from tunesmith.rollout.draw import row_seeds
@@ -61,7 +62,7 @@ def sampling_agrees(assembled: Assembled, peers: Peers) -> Proof:
 
 
 def policy_starts_at_reference(assembled: Assembled, peers: Peers) -> Proof:
-    """With the method off the model is the reference, and the policy starts there, bit for bit."""
+    """With the method off the model is the reference, and the policy starts there."""
     name = "policy starts at the reference"
     if not all(part.attachment.identity_at_start for part in assembled.tuned.parts):
         return Proof(name, True, "not promised by this method")
@@ -74,6 +75,5 @@ def policy_starts_at_reference(assembled: Assembled, peers: Peers) -> Proof:
         with assembled.tuned.disabled():
             off = model(input_ids=ids).logits
     gap = float((on - off).abs().max())
-    # Float32 copies of base weights round elsewhere; a hook that adds zero does not.
-    allowed = 0.0 if dtype is None else 2e-2 * float(off.abs().max())
+    allowed = start_tolerance(assembled) * float(off.abs().max())
     return Proof(name, gap <= allowed, f"largest difference of logits {gap:.1e}")

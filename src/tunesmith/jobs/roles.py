@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-import torch
-
+from tunesmith.engine.random_state import seeded
 from tunesmith.errors import SpecError
 from tunesmith.methods.roles import acting
 from tunesmith.methods.tuned import TunedModel, attach
@@ -34,8 +33,7 @@ def with_roles(tuned: TunedModel, run: Run) -> TunedModel:
                 "objective.value: adapter: what the backward computes again would see the policy's "
                 "adapter; use engine.checkpointing: none, or value: shared"
             )
-        with torch.random.fork_rng():
-            torch.manual_seed(run.seed + 1)
+        with seeded(run.seed + 1):
             attach(tuned, *run.methods, name=VALUE)
         tuned.enable(False, VALUE)
     attach(tuned, ValueHead(), name=VALUE if objective.value == "shared" else f"{VALUE}_head")

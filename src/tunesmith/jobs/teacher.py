@@ -96,3 +96,16 @@ def require_same_tokens(run: Run, objective: Distillation) -> None:
             f"({len(other):,} tokens) than {run.model.name} ({len(own):,}), so their distributions "
             "cannot be compared; use a teacher of the same family"
         )
+
+
+def require_tokens(objective: Distillation, vocab: int) -> None:
+    """Check that a distribution has as many tokens as are to be kept of it.
+
+    Raises:
+        SpecError: it has not.
+    """
+    if objective.top_k > vocab:
+        raise SpecError(
+            f"objective.top_k: {objective.top_k:,} tokens are more than the {vocab:,} there are; "
+            "use at most that many, or far fewer"
+        )

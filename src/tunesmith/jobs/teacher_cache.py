@@ -23,7 +23,12 @@ from tunesmith.data.teacher_file import Known, TeacherFile, TeacherReader
 from tunesmith.errors import CheckpointError, SpecError
 from tunesmith.jobs.base import base_fingerprint
 from tunesmith.jobs.batches import over_batches
-from tunesmith.jobs.teacher import load_teacher, require_same_tokens, teacher_dtype
+from tunesmith.jobs.teacher import (
+    load_teacher,
+    require_same_tokens,
+    require_tokens,
+    teacher_dtype,
+)
 from tunesmith.jobs.whole_file import ANOTHER_CACHE, whole_file, written
 from tunesmith.models.output_head import output_head
 from tunesmith.models.zoo import cache_dir
@@ -207,11 +212,7 @@ class _Work:
         """Return the tokens that both models have a logit for; padded heads differ in size."""
         heads = (output_head(self.assembled.tuned.model), output_head(teacher.model))
         vocab = min(len(head.weight) for head in heads)
-        if self.objective.top_k > vocab:
-            raise SpecError(
-                f"objective.top_k: {self.objective.top_k:,} tokens are more than the {vocab:,} "
-                "there are; use at most that many, or far fewer"
-            )
+        require_tokens(self.objective, vocab)
         return vocab
 
     def _tell(self, file: TeacherFile, samples: Samples) -> None:

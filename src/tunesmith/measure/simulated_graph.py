@@ -17,9 +17,6 @@ from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes.replace_random import replace_random_passes
-from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.stateless import _reparametrize_module
@@ -110,6 +107,9 @@ def _traced(
         tensors: parameters, buffers, and those of the leaves that are tensors.
         cut: makes the graphs of both passes from their joint graph.
     """
+    # The compiler is slow to import, and training does not need this part of it.
+    from torch._inductor.decomposition import select_decomp_table
+
     leaves, structure = given
     block = reached[0]
 
@@ -158,6 +158,9 @@ def _partitioned(
     for change in changes if isinstance(changes, list | tuple) else (changes,):
         change(joint.graph)
     if mark is not None:
+        from torch._inductor.fx_passes.replace_random import replace_random_passes
+        from torch._inductor.virtualized import V
+
         with V.set_fake_mode(detect_fake_mode(inputs)):
             replace_random_passes(joint)  # marks expect seeds in the place of random numbers
         mark(joint.graph)
@@ -186,6 +189,7 @@ class _Fused(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, written: set[Node]) -> None:
         super().__init__(graph)
         self._written = written
+        self.user_to_last_uses = _last_uses(graph.graph, written)
 
     def run_node(self, n: Node) -> Any:
         """Run one node."""
@@ -193,6 +197,23 @@ class _Fused(fx.Interpreter):
             return super().run_node(n)
         with uncounted():
             return super().run_node(n)
+
+
+def _last_uses(graph: fx.Graph, written: set[Node]) -> dict[Node, list[Node]]:
+    """Return what can be let go of after each node.
+
+    What is not written is computed where it is read, so what it reads has to stay until then.
+    """
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    until: dict[Node, Node] = {}
+    for node in reversed(graph.nodes):
+        readers = [user if user in written else until[user] for user in node.users]
+        until[node] = max(readers, key=places.__getitem__, default=node)
+    found: dict[Node, list[Node]] = {}
+    for node, last in until.items():
+        if node.op != "output":
+            found.setdefault(last, []).append(node)
+    return found
 
 
 def _written(graph: fx.Graph) -> set[Node]:

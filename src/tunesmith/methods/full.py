@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import nn
 
+from tunesmith.errors import MethodError
 from tunesmith.methods.child import base_parameters, computed_parameters
 from tunesmith.methods.contract import Method
 from tunesmith.methods.selected import SelectedParameters
@@ -40,8 +42,14 @@ class Full(Method):
         """Select every parameter of the base but for those that are computed.
 
         Raises:
-            MethodError: a parameter is quantised, or another method trains it.
+            MethodError: a parameter is quantised, or another method trains it; or `weights` keeps
+                float16.
         """
+        if self.weights == "model" and any(p.dtype == torch.float16 for p in model.parameters()):
+            raise MethodError(
+                "method.weights: model would keep AdamW's moments in float16, which has no number "
+                "for the squares of small gradients; use weights: float32, or model.dtype: bfloat16"
+            )
         return SelectedParameters(
             model,
             base_parameters(model).keys() - computed_parameters(model),

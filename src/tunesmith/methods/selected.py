@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import ClassVar, Final
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -172,12 +173,19 @@ class SelectedParameters(Attachment):
         self._aside = {name: parameter.data for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             parameter.data = values[name].to(parameter.device, copy=True)
+        _forget_casts()
 
     def _put_back(self) -> None:
         """Put in place what was put aside."""
         for name, parameter in self.trainable().items():
             parameter.data = self._aside[name]
         self._aside = {}
+        _forget_casts()
+
+
+def _forget_casts() -> None:
+    """Have autocast, which keeps its casts of weights that train, cast their values of now."""
+    torch.clear_autocast_cache()
 
 
 def _kept(parameter: Tensor) -> Tensor:

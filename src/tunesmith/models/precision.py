@@ -18,7 +18,8 @@ def best_dtype(device: torch.device | str) -> torch.dtype:
     """Return bfloat16 where `device` multiplies it faster than float32, else float32.
 
     That is CUDA from compute capability 8.0 (Ampere) and CPUs with AVX512-BF16 or AMX. Elsewhere
-    bfloat16 is emulated, and float16 needs loss scaling, so neither is chosen unasked.
+    bfloat16 is emulated, and in float16 activations of some models are too large (T5, Gemma), so
+    neither is chosen unasked.
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -21,7 +21,9 @@ class ModelSettings(Settings):
     revision: str | None = None
     """Hub revision of the model: a commit, tag or branch."""
     dtype: DtypeName = "auto"
-    """Dtype of the frozen weights; auto is bfloat16 where the hardware computes it well."""
+    """Dtype of the frozen weights; auto is bfloat16 where the hardware computes it well. float16 is
+    for GPUs that multiply nothing else as fast (T4, V100); the loss is scaled then, so that small
+    gradients are not lost."""
     quantize: Literal["none", "fp8", "nf4", "int8"] = "none"
     """Keep the weights of the blocks in 8-bit floats that are also multiplied in (fp8, the fastest,
     on GPUs of compute capability 8.9 and more), 4 bits (nf4, QLoRA, Dettmers et al. 2023) or 8-bit

@@ -47,8 +47,11 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         e4m3 (rows, width), and float32 (rows, 1), never 0: a row of zeros stays one. Scales are as
         small as float32 allows, since gradients of long batches are.
     """
+    # No names of the module: the compiler makes sizes of its floats where lengths vary, and cannot
+    # hand these into an operator of our own.
+    largest, smallest = torch.finfo(E4M3).max, torch.finfo(torch.float32).tiny
     x = x.float()
-    scales = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp_min(SMALLEST)
+    scales = (x.abs().amax(-1, keepdim=True) / largest).clamp_min(smallest)
     return (x / scales).to(E4M3), scales
 
 

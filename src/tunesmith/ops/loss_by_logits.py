@@ -11,9 +11,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from tunesmith.ops.chunked_head import exact_dtype, simulating
+from tunesmith.ops.torch_errors import is_of_compiler, memory_error_in
 
 _PLAIN: Final[ContextVar[bool]] = ContextVar("plain", default=False)
 
@@ -112,9 +112,11 @@ def fused_loss_by_logits(
     try:
         total, correct = _compiled()(raw, labels, softcap, z_loss)
         return ByLogits(total, correct, raw)
-    except TorchDynamoException as error:
-        if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
-            raise error.inner_exception from error  # type: ignore[attr-defined]
+    except Exception as error:
+        if not is_of_compiler(error):
+            raise
+        if (inner := memory_error_in(error)) is not None:
+            raise inner from error
         _tell_once(str(error).strip().splitlines()[0])
         return loss_by_logits(raw, labels, softcap, z_loss)
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 from tunesmith.models.context import TakesPositions
 from tunesmith.models.quantize_linear import multiplies_in_float8
+from tunesmith.ops.torch_errors import is_of_compiler
 from tunesmith.rollout.compiled import CompiledDrawing, compiled_blocks
 from tunesmith.rollout.decode import dense_head
 
@@ -180,7 +180,9 @@ class FixedDecoder:
     def _compiles(self) -> bool:
         try:
             self._try_out()
-        except TorchDynamoException as error:
+        except Exception as error:
+            if not is_of_compiler(error):
+                raise
             said = next(iter(str(error).splitlines()), "")
             logger.warning("roll-outs: a step is not compiled and runs as it is: %s", said)
             return False
