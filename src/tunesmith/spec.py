@@ -111,8 +111,8 @@ class Run(Settings):
                 "objective": objective,
                 "data": self.data.model_copy(
                     update={
-                        "train": [_resolve_source(source) for source in self.data.train],
-                        "evaluation": [_resolve_source(source) for source in self.data.evaluation],
+                        name: [_resolve_source(source) for source in getattr(self.data, name)]
+                        for name in ("train", "pretraining", "evaluation")
                     }
                 ),
                 "evaluation": evaluation,

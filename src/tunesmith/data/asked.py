@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from tunesmith.data.rows import Values
     from tunesmith.data.settings import DataSettings, Source
+    from tunesmith.data.stream import EpochStream
     from tunesmith.types import JSON
 
 
@@ -151,11 +152,18 @@ class AskedData(PreparedData):
     asked: Sequence[Asked]
     """Held back for evaluation."""
     asked_report: AskedReport | None
+    texts: EpochStream | None = None
+    """What is learned from beside the replies, if anything."""
 
     @property
     def evaluation_report(self) -> AskedReport | None:
         """What the prompts held back are like."""
         return self.asked_report
+
+    def learned_from(self) -> list[str]:
+        """Return what the prompts are like, and the texts beside them, a fact a line."""
+        read = [] if self.texts is None else self.texts.report().lines()
+        return [*super().learned_from(), *(f"pretraining: {line}" for line in read)]
 
 
 def prepare_asked(

@@ -25,6 +25,10 @@ class ReplyRow:
     row: TokenRow
     values: Mapping[str, NDArray[np.float32]]
     """By name, (reply tokens,) float32 each."""
+    texts: tuple[TokenRow, ...] = ()
+    """Learned from beside it."""
+    text_scale: float | None = None
+    """See `tunesmith.objectives.replies`; none where no texts are learned from."""
 
     @property
     def tokens(self) -> int:
@@ -54,4 +58,8 @@ class ReplyCollator:
         batch["reply"] = torch.arange(len(rows)).repeat_interleave(lengths)
         for name in rows[0].values:
             batch[name] = torch.from_numpy(np.concatenate([row.values[name] for row in rows]))
+        if rows[0].text_scale is not None:
+            batch["text_scale"] = rows[0].text_scale
+        if texts := [text for row in rows for text in row.texts]:
+            batch["texts"] = self.plain(texts)
         return batch

@@ -92,6 +92,10 @@ class PreparedData:
         """What the evaluation samples are like."""
         return self.held_back.report if self.held_back else None
 
+    def learned_from(self) -> list[str]:
+        """Return what is trained on in words, a fact a line."""
+        return self.train_report.lines()
+
     def describe(self) -> list[str]:
         """Return what is trained and evaluated on in words, a fact a line."""
         lines = [f"train: {line}" for line in self.train_report.lines()]

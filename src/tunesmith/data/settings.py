@@ -57,6 +57,9 @@ class DataSettings(Settings):
 
     train: list[Source] = Field(min_length=1)
     """Sources to train on; several are mixed by weight."""
+    pretraining: list[Source] = Field(default_factory=list)
+    """Texts that a run which learns from its own replies goes on learning from, so that it does not
+    forget them: see objective.pretraining_weight."""
     evaluation: list[Source] = Field(default_factory=list)
     """Sources to evaluate on; empty takes `holdout` rows from the training data."""
     holdout: int | float = Field(default=0, ge=0)

@@ -150,7 +150,7 @@ class Blocks:
         """
         if len(self._seen) > 1:
             return
-        self._seen.add(_shapes(batch))
+        self._seen |= {_shapes(each) for each in (batch, batch.get("texts")) if each is not None}
         if len(self._seen) > 1:
             for block in self._blocks:
                 if block.compiled is not None:

@@ -68,12 +68,12 @@ class Peers:
 
     def to_device(self, batch: Batch) -> Batch:
         """Return `batch` with its tensors on this process's device."""
-        return {
-            key: self._moved(value)
-            if isinstance(value, torch.Tensor) and key not in ON_CPU
-            else value
-            for key, value in batch.items()
-        }
+        return {key: value if key in ON_CPU else self._there(value) for key, value in batch.items()}
+
+    def _there(self, value: Any) -> Any:
+        if isinstance(value, dict):  # a batch beside the batch
+            return self.to_device(value)
+        return self._moved(value) if isinstance(value, torch.Tensor) else value
 
     def _moved(self, value: Tensor) -> Tensor:
         # From memory that the system may move, the host would wait for the device's turn.

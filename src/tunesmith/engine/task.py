@@ -19,6 +19,8 @@ def num_tokens(batch: Batch) -> int:
     """Return the real (not padding) tokens of a batch, read and written."""
     mask = batch.get("attention_mask")
     read = int(batch["input_ids"].numel() if mask is None else mask.sum())
+    if "texts" in batch:  # beside replies
+        read += num_tokens(batch["texts"])
     return read + (int((batch["labels"] != IGNORE).sum()) if "decoder_input_ids" in batch else 0)
 
 

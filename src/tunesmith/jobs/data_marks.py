@@ -22,12 +22,13 @@ MARK: Final = "# data "
 
 
 def data_line(data: DataSettings) -> str:
-    """Return a comment with a hash of what the files of training and evaluation hold.
+    """Return a comment with a hash of what the files of the run's rows hold.
 
     Empty where there is nothing to compare: streamed rows are not read beforehand, and what zoo,
     Hub and generators name does not change.
     """
-    found = None if data.streaming else data_hash([*data.train, *data.evaluation])
+    sources = [*data.train, *data.pretraining, *data.evaluation]
+    found = None if data.streaming else data_hash(sources)
     return "" if found is None else f"{MARK}{found}\n"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,7 +121,7 @@ class Experience:
             rows = self._coming(count)
         self._position += count
         self._steps += 1
-        return rows
+        return self._with_texts(rows)
 
     def state_dict(self) -> dict[str, JSON]:
         """Return the replies at hand and all that decides those to come."""
@@ -134,16 +134,43 @@ class Experience:
             "gathered": self._gathered,
             "steps": self._steps,
             "lessons": self.lessons.state_dict(),
+            "texts": None if self.prompts.texts is None else self.prompts.texts.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the place where `state` was taken, with the replies that were at hand."""
+        """Go to the place where `state` was taken, with the replies that were at hand.
+
+        Raises:
+            DataError: it was taken over other data.
+        """
         self.prompts.train.load_state_dict(state["prompts"])
         self._rows = [_unpacked(row) for row in state["rows"]]
         self._order = np.array(state["order"], dtype=np.int64)
         self._position, self._pass = state["position"], state["pass"]
         self._gathered, self._steps = state["gathered"], state["steps"]
         self.lessons.load_state_dict(state["lessons"])
+        # Checkpoints of before there were texts say nothing of them.
+        if self.prompts.texts is not None and state.get("texts") is not None:
+            self.prompts.texts.load_state_dict(state["texts"])
+
+    def _with_texts(self, rows: list[ReplyRow]) -> list[ReplyRow]:
+        """Return the rows of a step with the texts of that step, evenly spread over them."""
+        if self.prompts.texts is None:
+            return rows
+        texts = self.prompts.texts.take(self.objective.pretraining_rows)
+        spread: list[list[TokenRow]] = [[] for _ in rows]
+        for number, text in enumerate(texts):
+            # Of the rows each process takes one in turn.
+            place = number * len(rows) // len(texts) + number % self.peers.size
+            spread[place % len(rows)].append(text)
+        # The first token of a text is predicted by nothing.
+        predicted = sum(int(text.supervised[1:].sum()) for text in texts)
+        replies = {"replies": len(rows), "reply": range(sum(row.tokens for row in rows))}
+        scale = self.objective.count(replies) / predicted
+        return [
+            replace(row, texts=tuple(own), text_scale=scale)
+            for row, own in zip(rows, spread, strict=True)
+        ]
 
     def _coming(self, count: int) -> list[ReplyRow]:
         places = self._order[self._position : self._position + count]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -51,7 +52,7 @@ def full_batch(run: Run, model: PreTrainedModel, shape: tuple[int, int]) -> Batc
     # The first token of a row is predicted by nothing.
     batch |= _kept_of_teacher(run, model, len(ids) * (length - 1))
     if isinstance(objective, FromReplies):
-        return batch | _of_replies(objective, ids)
+        return batch | _of_replies(objective, ids) | _texts(run, objective, ids)
     if compares(run):
         batch |= {"attention_mask": mask, **_judged(_judgement(run), rows, length)}
     if isinstance(objective, Preference) and objective.needs_reference:
@@ -91,6 +92,18 @@ def _of_replies(objective: FromReplies, ids: Tensor) -> Batch:
     return {"labels": labels, "replies": rows, "reply": reply, **values}
 
 
+def _texts(run: Run, objective: FromReplies, ids: Tensor) -> Batch:
+    """Return what a batch holds of the texts that are learned from beside replies."""
+    if not run.data.pretraining:
+        return {}
+    in_step = run.train.batch_size * run.train.accumulation_steps
+    rows = math.ceil(objective.pretraining_rows * len(ids) / in_step)
+    texts = torch.zeros((rows, ids.shape[1]), dtype=torch.int64)
+    positions = torch.arange(ids.shape[1])[None].expand_as(texts)
+    batch = {"input_ids": texts, "labels": texts, "position_ids": positions}
+    return objective.prepared({"texts": batch, "text_scale": 1.0})
+
+
 def side_by_side(batch: Batch) -> Batch:
     """Return rows as segments of one, as training lays them out where it can."""
     rows, length = batch["input_ids"].shape
@@ -100,6 +113,8 @@ def side_by_side(batch: Batch) -> Batch:
         value = batch[name]
         of_texts = value.ndim == 1 or value.is_floating_point()
         flat[name] = value if of_texts else value.reshape(1, -1)
+    if "texts" in batch:
+        flat["texts"] = side_by_side(batch["texts"])
     return flat | {
         "position_ids": torch.arange(length).repeat(rows)[None],
         "cu_seq_lens_q": bounds,

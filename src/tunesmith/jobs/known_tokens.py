@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from tunesmith.data.asked import AskedData
 from tunesmith.data.stream import EpochStream
 from tunesmith.errors import SpecError
 
@@ -41,6 +42,7 @@ def check_tokens(
 
 
 def _rows(data: PreparedData) -> Iterable[TokenRow]:
-    corpus = data.train.corpus if isinstance(data.train, EpochStream) else None
-    trained = (corpus.row(number) for number in range(len(corpus))) if corpus is not None else ()
-    return chain(trained, data.evaluation)
+    streams = [data.train, data.texts if isinstance(data, AskedData) else None]
+    corpora = [stream.corpus for stream in streams if isinstance(stream, EpochStream)]
+    learned = (corpus.row(number) for corpus in corpora for number in range(len(corpus)))
+    return chain(learned, data.evaluation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,6 +13,7 @@ from tunesmith.data.classification import LabelledData, prepare_labelled
 from tunesmith.data.classification_collate import LabelledCollator
 from tunesmith.data.pairs import prepare_pairs
 from tunesmith.data.prepare import prepare
+from tunesmith.data.stream import EpochStream
 from tunesmith.errors import SpecError
 from tunesmith.models.context import longest_row
 from tunesmith.models.heads import Head, reads_last_token
@@ -62,8 +64,13 @@ def read_data(
         DataError: see `prepare` and `prepare_labelled`.
     """
     objective = run.objective
+    if run.data.pretraining and not isinstance(objective, FromReplies):
+        raise SpecError(
+            f"data.pretraining: texts beside the replies that a run learns from, and the objective "
+            f"{objective.name} samples none; name them in data.train, or use ppo or grpo"
+        )
     if isinstance(objective, FromReplies):
-        return _ask(run, objective, tokenizer)
+        return _ask(run, objective, tokenizer, progress)
     if isinstance(objective, Preference | Reward):
         if is_encoder_decoder(run.model):
             raise SpecError(
@@ -90,9 +97,12 @@ def read_data(
 
 
 def _ask(
-    run: Run, objective: FromReplies, tokenizer: PreTrainedTokenizerFast
+    run: Run,
+    objective: FromReplies,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Progress | None,
 ) -> tuple[Run, AskedData]:
-    """Return the prompts of a run that writes the replies itself."""
+    """Return the prompts of a run that writes the replies itself, and the texts beside them."""
     require_causal(run)
     if objective.rollout.prompt_tokens is not None:
         _require_bare_text(tokenizer)
@@ -103,7 +113,18 @@ def _ask(
         reply_length=objective.rollout.max_new_tokens,
         prompt_tokens=objective.rollout.prompt_tokens,
     )
-    return run, asked
+    if not run.data.pretraining:
+        return run, asked
+    alone = {"train": run.data.pretraining, "pretraining": [], "evaluation": [], "holdout": 0}
+    texts = prepare(
+        run.data.model_copy(update=alone),
+        tokenizer,
+        seed=run.seed,
+        cache=cache_dir() / "tokens",
+        progress=progress,
+    ).train
+    assert isinstance(texts, EpochStream)  # noqa: S101 - prompts are never streamed
+    return run, replace(asked, texts=texts)
 
 
 def _require_bare_text(tokenizer: PreTrainedTokenizerFast) -> None:

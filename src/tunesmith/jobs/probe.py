@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -262,6 +262,11 @@ class Stage:
 def _to(device: torch.device, batch: Batch) -> Batch:
     """Return `batch` on `device`, but for what training leaves on the host."""
     return {
-        name: value.to(device) if isinstance(value, torch.Tensor) and name not in ON_CPU else value
-        for name, value in batch.items()
+        name: value if name in ON_CPU else _there(device, value) for name, value in batch.items()
     }
+
+
+def _there(device: torch.device, value: Any) -> Any:
+    if isinstance(value, dict):  # a batch beside the batch
+        return _to(device, value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tunesmith.data.asked import AskedData
 from tunesmith.engine.memory import peak_memory
 from tunesmith.jobs.environment import hardware
 from tunesmith.methods.child import base_modules
@@ -109,6 +110,8 @@ def _peaks(device: torch.device, memory_bytes: int) -> dict[str, JSON]:
 
 def _told(data: PreparedData) -> dict[str, JSON]:
     told: dict[str, JSON] = {"train": data.train_report.to_json()}
+    if isinstance(data, AskedData) and data.texts is not None:
+        told["pretraining"] = data.texts.report().to_json()
     if data.evaluation_report is not None:
         told["evaluation"] = data.evaluation_report.to_json()
     return told

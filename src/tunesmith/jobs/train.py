@@ -93,7 +93,7 @@ def train(
     say = _teller(peers)
     assembled = with_reference(assemble(run, peers, say), peers, say)
     give_back()
-    for line in assembled.data.train_report.lines():
+    for line in assembled.data.learned_from():
         say(line)
     proofs = prove_start(assembled, peers)
     _tell_proofs(proofs, say)

@@ -98,7 +98,7 @@ class GRPO(FromReplies):
             kl = kl_estimate(log_probs, batch["reference_log_probs"], kind=self.kl_estimator)
             total, watched["kl"] = total + self.kl * (weights.loss * kl).sum(), kl
         metrics = {n: (weights.watched * tensor.detach()).sum() for n, tensor in watched.items()}
-        return LossTerms(total, self.count(batch), metrics)
+        return self.with_texts(model, batch, LossTerms(total, self.count(batch), metrics))
 
     def _surrogate(self, log_ratio: Tensor, batch: Batch) -> _Surrogate:
         if self.importance == "reply":

@@ -127,7 +127,7 @@ class PPO(FromReplies):
             kl = kl_estimate(policy.log_probs, reference, kind=self.kl_estimator)
             total, watched["kl"] = total + self.kl * kl.sum(), kl
         metrics = {name: tensor.detach().sum() for name, tensor in watched.items()}
-        return LossTerms(total, self.count(batch), metrics)
+        return self.with_texts(model, batch, LossTerms(total, self.count(batch), metrics))
 
     def value_loss(self, values: Tensor, batch: Batch) -> Tensor:
         """Return half the squared error of `values` at each token, (tokens,), the worse of two."""

@@ -2,7 +2,9 @@
 
 A batch of replies is a batch of `tunesmith.types.Batch` whose labels are the replies' tokens, with,
 for each of these in row-major order, (tokens,): `reply`, int64, whose it is, counted from 0 in the
-batch, and what else the objective needs. `replies` is their number.
+batch, and what else the objective needs. `replies` is their number. Where texts are learned from
+beside them, `texts` is a batch of these, absent where this batch has none, and `text_scale` is what
+the sum of their nats is multiplied by, so that it is a mean once it is divided like the replies'.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ OF_REPLIES: Final = frozenset(
         "advantages",
         "returns",
         "old_values",
+        "texts",
+        "text_scale",
     }
 )
 """What a batch holds besides the model's inputs."""

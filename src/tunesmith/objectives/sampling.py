@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from tunesmith.objectives.contract import Objective
+from tunesmith.objectives.sft import SFT
 from tunesmith.rewards.settings import RewardSettings
 from tunesmith.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from tunesmith.types import Batch, LossTerms
 
 
 class Sampling(Settings):
@@ -58,3 +64,28 @@ class FromReplies(Objective):
     kl_stop: float | None = Field(default=None, gt=0)
     """Sample anew as soon as the policy is this far, in nats a token, from the one that wrote the
     rows to come; none takes all epochs."""
+    pretraining_weight: float = Field(default=1.0, gt=0)
+    """What a nat a token on the texts of data.pretraining costs beside the loss of the replies
+    (gamma of Ouyang et al. 2022, arXiv:2203.02155, eq. 2: PPO-ptx); without such texts, nothing."""
+    pretraining_rows: int = Field(default=16, ge=1)
+    """Of these texts in an optimiser step, over all processes."""
+
+    def prepared(self, batch: Batch) -> Batch:
+        """Return `batch` with where its texts are supervised: finding it waits for a GPU."""
+        if "texts" not in batch:
+            return batch
+        return batch | {"texts": SFT().prepared(batch["texts"])}
+
+    def with_texts(self, model: PreTrainedModel, batch: Batch, terms: LossTerms) -> LossTerms:
+        """Return the loss of replies with that of the texts in the same batch.
+
+        Both are means over an optimiser step: of the replies over what `count` says, of the texts
+        over their tokens, which `text_scale` carries from the one divisor to the other.
+        """
+        if "text_scale" not in batch:
+            return terms
+        nats = terms.total.new_zeros(())
+        if "texts" in batch:
+            nats = SFT().loss(model, batch["texts"]).total * batch["text_scale"]
+        metrics = terms.metrics | {"pretraining_loss": nats.detach()}
+        return terms._replace(total=terms.total + self.pretraining_weight * nats, metrics=metrics)
