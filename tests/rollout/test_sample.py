@@ -160,6 +160,18 @@ def test_a_prompt_without_room_is_refused() -> None:
         replies(tiny_llama(), [[4], [5] * 256])
 
 
+@pytest.mark.parametrize("decoding", ["growing", "fixed"])
+def test_a_longer_prompt_in_the_batch_takes_no_room_from_a_reply(decoding: str) -> None:
+    """Of the 256 positions the second prompt leaves 6, the last 4."""
+    model = tiny_llama()
+    prompts = [[5, 9, 11], [7] * 250, [90] * 3, [12] * 252]
+    together = replies(model, prompts, decoding=decoding)
+    assert [len(reply.tokens) for reply in together] == [12, 6, 12, 4]
+    for prompt, seed, reply in zip(prompts, row_seeds(3, range(4)), together, strict=True):
+        (alone,) = replies(model, [prompt], seeds=[seed], decoding=decoding)
+        assert alone.tokens == reply.tokens
+
+
 def test_a_compiled_step_is_one_graph_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "BACKEND", "eager")  # the capture is what differs
     torch._dynamo.reset()

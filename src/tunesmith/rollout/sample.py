@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
@@ -122,13 +123,8 @@ def sample(
     for index, prompt in enumerate(prompts):
         require_room(prompt, limit, name=f"prompt {index}")
     replies: dict[int, Reply] = {}
-    # Prompts of like length share a batch: less padding, and as much room for each.
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     with evaluating(model), torch.no_grad(), prepared(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            longest = len(prompts[chosen[0]])
-            room = max_new_tokens if limit is None else min(max_new_tokens, limit - longest)
+        for chosen, room in _batches(prompts, batch_size, max_new_tokens, limit):
             rows = Padded(
                 [prompts[index] for index in chosen],
                 [seeds[index] for index in chosen],
@@ -150,6 +146,26 @@ def sample(
             )
             replies |= zip(chosen, _written(decoder, len(chosen), room, stops), strict=True)
     return [replies[index] for index in range(len(prompts))]
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], batch_size: int, max_new_tokens: int, limit: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Give the numbers of the prompts that share a batch, and the tokens that each has room for.
+
+    Prompts of like length are together, for less padding; and none has less room than alone, which
+    would be another reply.
+    """
+
+    def room(index: int) -> int:
+        left = max_new_tokens if limit is None else limit - len(prompts[index])
+        return min(max_new_tokens, left)
+
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for tokens, alike in groupby(order, key=room):
+        members = list(alike)
+        for start in range(0, len(members), batch_size):
+            yield members[start : start + batch_size], tokens
 
 
 def is_fixed(model: PreTrainedModel, decoding: Decoding, device: str) -> bool:
