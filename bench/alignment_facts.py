@@ -46,7 +46,6 @@ def chain_facts(directory: Path) -> dict[str, Any]:
     found = json.loads(chain.read_text(encoding="utf-8")) if chain.is_file() else {}
     return {
         "prompts": found.get("prompts"),
-        "judge": found.get("judge", []),
         "verdicts": [v | judged(directory, v) for v in found.get("verdicts", [])],
         "samples": [cut(sample) for sample in found.get("samples", [])[:SAMPLES]],
         "stages": {name: fact | kinds_of(stages[name], fact) for name, fact in ran.items()},
