@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 Found = dict[str, Any]
 Points = Sequence[tuple[float, float]]
 JUDGE = "reward_run_2"
+"""The second classifier of examples/ppo-sentiment.yaml, which teaches nothing."""
 FAR = 30.0
 """Nats of KL beyond which a run would hide the others in the picture."""
-"""The second classifier of examples/ppo-sentiment.yaml, which teaches nothing."""
 OVER = "over-optimisation.svg"
 PPO_REWARD, PPO_KL, GRPO_REWARD = "ppo-reward.svg", "ppo-kl.svg", "grpo-reward.svg"
 SIZE = (5.8, 3.4)

@@ -19,6 +19,8 @@ from tunesmith.errors import SpecError
 from tunesmith.jobs.assemble import assemble
 from tunesmith.jobs.experience import Experience
 from tunesmith.jobs.plan import plan
+from tunesmith.methods.value_head import ValueHead
+from tunesmith.models.attention import enable_segments
 from tunesmith.objectives import GRPO, PPO
 from tunesmith.types import Batch
 
@@ -79,9 +81,6 @@ def plain_nats(model: torch.nn.Module, rows: list[TokenRow]) -> torch.Tensor:
 def test_the_loss_and_its_gradient_are_those_of_the_replies_and_of_the_texts(
     objective: PPO | GRPO, padding: Any
 ) -> None:
-    from tunesmith.methods.value_head import ValueHead
-    from tunesmith.models.attention import enable_segments
-
     tuned = attach(tiny_llama().double(), LoRA(rank=2))
     attach(tuned, ValueHead(), name="value")
     for parameter in tuned.trainable().values():

@@ -6,12 +6,12 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from tunesmith.engine.blocks import training_blocks
-from tunesmith.engine.distribution import ON_CPU
+from tunesmith.engine.distribution import Peers
 from tunesmith.engine.memory import memory_now, peak_memory, reset_peak
 from tunesmith.engine.optimizer import build_optimizer
 from tunesmith.errors import SpecError
@@ -245,7 +245,7 @@ class Stage:
         return between
 
     def _loss(self, batch: Batch) -> Tensor:
-        batch = _to(self.device, batch)
+        batch = Peers(self.device).to_device(batch)
         self.blocks.see(batch)
         autocast = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
         with autocast:
@@ -257,16 +257,3 @@ class Stage:
     def _batch(self, rows: int, length: int) -> Batch:
         batch = full_batch(self.run, self.tuned.model, (rows, length))
         return side_by_side(batch) if self.padding_free else batch
-
-
-def _to(device: torch.device, batch: Batch) -> Batch:
-    """Return `batch` on `device`, but for what training leaves on the host."""
-    return {
-        name: value if name in ON_CPU else _there(device, value) for name, value in batch.items()
-    }
-
-
-def _there(device: torch.device, value: Any) -> Any:
-    if isinstance(value, dict):  # a batch beside the batch
-        return _to(device, value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -79,6 +79,8 @@ class FromReplies(Objective):
     def with_texts(self, model: PreTrainedModel, batch: Batch, terms: LossTerms) -> LossTerms:
         """Return the loss of replies with that of the texts in the same batch.
 
+            loss + gamma E[-log p(x)],  x a text: eq. 2 of Ouyang et al. 2022, with its sign turned.
+
         Both are means over an optimiser step: of the replies over what `count` says, of the texts
         over their tokens, which `text_scale` carries from the one divisor to the other.
         """
