@@ -5,7 +5,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.data.collate import Collator
@@ -243,9 +245,25 @@ class Clock:
         self._wait()
         self._profiler.stop()
         kind = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-        averages = self._profiler.key_averages()
-        self._target.write_text(averages.table(sort_by=kind, row_limit=40), encoding="utf-8")
+        table = self._profiler.key_averages().table(sort_by=kind, row_limit=40)
+        self._target.write_text(f"{table}{_idle(self._profiler.events())}", encoding="utf-8")
         raise Enough
+
+
+def _idle(events: Iterable[FunctionEvent]) -> str:
+    """Return a line on how long the GPU had nothing to do between its first kernel and its last."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type is DeviceType.CUDA
+    )
+    if not spans:
+        return ""
+    reached, idle = spans[0][0], 0.0
+    for start, end in spans:
+        idle += max(0.0, start - reached)
+        reached = max(reached, end)
+    return f"CUDA idle: {idle / 1e3:.3f}ms of {(reached - spans[0][0]) / 1e3:.3f}ms\n"
 
 
 def measure(job: Job, *, profile: Path | None = None) -> dict[str, Any]:
