@@ -255,7 +255,7 @@ def _idle(events: Iterable[FunctionEvent]) -> str:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type is DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA
     )
     if not spans:
         return ""
