@@ -9,6 +9,7 @@ from rich.console import Console
 from tunesmith.cli import main
 from tunesmith.cli.comparison_table import comparison_table
 from tunesmith.jobs.demo import demo_run
+from tunesmith.models import zoo
 from tunesmith.report.findings import Findings, FoundRow
 from tunesmith.spec import load_run_file
 
@@ -29,6 +30,26 @@ def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_zoo_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "minilm-l6" in said(capsys, "models")
+
+
+def test_a_name_of_the_zoo_is_fetched(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+    monkeypatch.setattr(zoo, "_ensure", lambda entry: fetched.append(entry.name) or Path("there"))
+    both = ["minilm-l6", "sentiment-4-domains/tweet"]
+    assert said(capsys, "models", *both).split() == [f"{both[0]}:", "there", f"{both[1]}:", "there"]
+    assert fetched == both
+
+
+def test_nothing_is_fetched_where_a_name_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoo, "_ensure", lambda entry: pytest.fail(f"{entry.name} was fetched"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["models", "minilm-l6", "minilm-l7"])
+    assert stopped.value.code == 2
+    assert "the zoo has no 'minilm-l7'; the zoo has minilm-l6" in capsys.readouterr().err
 
 
 def test_a_comparison_shows_names_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:

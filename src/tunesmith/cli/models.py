@@ -1,12 +1,27 @@
 """`tunesmith models`."""
 
+from typing import Annotated
 
-def models() -> None:
+from typer import Argument
+
+
+def models(
+    names: Annotated[
+        list[str] | None,
+        Argument(help="Fetch these now, so that nothing is downloaded later; without, list all."),
+    ] = None,
+) -> None:
     """List the zoo: real weights and data that need no hub, what is cached, and sizes."""
     from rich.console import Console
 
     from tunesmith.cli.tables import zoo_table
-    from tunesmith.models.zoo import cache_dir, list_zoo
+    from tunesmith.models.zoo import cache_dir, is_cached, list_zoo, zoo_directory
 
+    if names:
+        for name in names:
+            is_cached(name)  # a name that is not there is told before anything is downloaded
+        for name in names:
+            print(f"{name}: {zoo_directory(name)}")
+        return
     Console().print(zoo_table(list_zoo()))
     print(f"cache: {cache_dir()} (TUNESMITH_CACHE overrides)")

@@ -170,6 +170,16 @@ def zoo_dataset(name: str) -> Path:
     return _ensure(DATASETS[name])
 
 
+def zoo_directory(name: str) -> Path:
+    """Return the directory of a zoo model or data set, fetching and converting it the first time.
+
+    Raises:
+        ModelError: the zoo has nothing of this name.
+        SetupError: it is not cached and cannot be fetched.
+    """
+    return _ensure(_entry(name))
+
+
 def near(name: str, known: dict[str, ZooEntry]) -> str:
     """Return the end of a message: the zoo names that look like `name`, else some of them."""
     close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
