@@ -1,6 +1,7 @@
 """The table of gpu_sft.py: its rows, the order in which they are measured, and the page."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -94,9 +95,9 @@ ROWS = {
     ),
     "alpaca": Row(
         "instruction data (lengths of Alpaca), packed; supervised tokens",
-        (Job(speed="auto", data="alpaca"),),
+        (Job(speed="auto", data="alpaca"), Job(speed="auto", data="alpaca", quantize="fp8")),
         peers=(
-            (*ALPACA_PEER, "--bs", "64", "--group", "1"),
+            (*ALPACA_PEER, "--bs", "16", "--group", "1"),
             (*ALPACA_PEER, "--bs", "4", "--packing", "1"),
         ),
         unit="supervised_tokens_per_second",
@@ -181,8 +182,12 @@ def by_peer(peer: tuple[str, ...], steps: int, timeout: float) -> dict[str, Any]
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return known | json.loads(line.removeprefix("RESULT "))
-    error = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
-    return known | {"failed": error[-1][:300]}
+    said = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
+    # A progress bar may be cut short after the error.
+    why = next(
+        (line for line in reversed(said) if re.match(r"[\w.]+(Error|Exception)\b", line)), said[-1]
+    )
+    return known | {"failed": why[:300]}
 
 
 def tell(name: str, result: dict[str, Any], folder: Path) -> None:
