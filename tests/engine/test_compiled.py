@@ -178,7 +178,7 @@ def test_a_base_of_codes_is_in_one_graph_for_all_lengths(kind: str, products: st
 def test_segments_side_by_side_are_in_the_graph_whatever_their_number_and_lengths() -> None:
     tuned = four_layers()
     assert enable_segments(tuned.model)
-    batches = [segments(x) for x in ([5, 3], [7, 4, 6], [9, 2, 3, 4], [8, 8])]
+    batches = [segments(x) for x in ([5, 4], [7, 4, 6], [9, 2, 3, 4], [8, 8])]
     expected = [tuned.model.model(**batch).last_hidden_state for batch in batches]
     with training(tuned.model, blocks_of(tuned)) as running:
         for batch, hidden in zip(batches, expected, strict=True):
@@ -186,7 +186,19 @@ def test_segments_side_by_side_are_in_the_graph_whatever_their_number_and_length
             found = tuned.model.model(**batch, use_cache=False).last_hidden_state
             torch.testing.assert_close(found, hidden, atol=1e-5, rtol=1e-4)
         assert not running.failed
-        assert graphs() == 4
+        # None is for the lengths of the first batch alone.
+        assert graphs() == 2
+
+
+def test_segments_of_one_length_have_a_graph_of_their_own_until_another_comes() -> None:
+    tuned = four_layers()
+    assert enable_segments(tuned.model)
+    with training(tuned.model, blocks_of(tuned)) as running:
+        for lengths, expected in (([6, 6], 2), ([6, 6], 2), ([9, 9], 4), ([7, 5], 4)):
+            batch = segments(lengths)
+            running.see(batch)
+            tuned.model.model(**batch, use_cache=False)
+            assert graphs() == expected
 
 
 def test_switching_a_method_off_is_seen_by_what_is_compiled() -> None:

@@ -127,6 +127,7 @@ class Blocks:
         self._levels = list(levels)
         self._installed = ExitStack()
         self._seen: set[tuple[Any, ...]] = set()
+        self._any_length = False
         self.failed: dict[str, str] = {}
         """Why a block is not compiled, by its path."""
         for block in blocks:
@@ -146,12 +147,15 @@ class Blocks:
     def see(self, batch: Batch) -> None:
         """Prepare for a batch: once lengths differ, compiled blocks serve every length.
 
-        One length alone has the faster graph, and much packed data has only one.
+        One length alone has the faster graph, and much packed data has only one. Segments of
+        different lengths will be others in the next batch: a graph for these would be made in vain.
         """
-        if len(self._seen) > 1:
+        if self._any_length:
             return
-        self._seen |= {_shapes(each) for each in (batch, batch.get("texts")) if each is not None}
-        if len(self._seen) > 1:
+        both = [each for each in (batch, batch.get("texts")) if each is not None]
+        self._seen |= {_shapes(each) for each in both}
+        if len(self._seen) > 1 or any(map(_uneven, both)):
+            self._any_length = True
             for block in self._blocks:
                 if block.compiled is not None:
                     block.compiled.make_dynamic()
@@ -286,3 +290,11 @@ def _shapes(batch: Batch) -> tuple[Any, ...]:
         for name, value in sorted(batch.items())
         if isinstance(value, torch.Tensor | int) and name not in HEAD_ONLY
     )
+
+
+def _uneven(batch: Batch) -> bool:
+    """Return whether the segments of a batch have different lengths."""
+    bounds = batch.get("cu_seq_lens_q")
+    if bounds is None:
+        return False
+    return (len(bounds) - 1) * batch["max_length_q"] != batch["input_ids"].numel()
