@@ -23,7 +23,7 @@ MAY_IMPORT = {
 # What a room of the middle may use of its neighbours besides: numbers that are computed and rows
 # that are shown, never what is trained or what is optimised.
 NEIGHBOURS = {"report": {"measure"}, "measure": {"rollout"}, "objectives": {"rewards"}}
-LAZY = ("peft", "trl", "bitsandbytes", "gguf", "sacrebleu", "rouge_score", "matplotlib", "datasets")
+LAZY = ("vllm", "peft", "trl", "bitsandbytes", "gguf", "sacrebleu", "rouge_score", "matplotlib", "datasets")
 
 
 def imports(path: Path) -> set[str]:

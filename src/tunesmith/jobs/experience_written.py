@@ -11,6 +11,7 @@ import torch
 
 from tunesmith.engine.compiled import compiles
 from tunesmith.jobs.batches import interleave
+from tunesmith.jobs.served_policy import served_replies
 from tunesmith.objectives.sampling import FromReplies
 from tunesmith.rewards.contract import Scored
 from tunesmith.rollout.draw import Drawing, row_seeds
@@ -88,16 +89,23 @@ def sampled(  # noqa: PLR0917 - who writes, what to, and how
     *,
     greedy: bool = False,
 ) -> list[Reply]:
-    """Return the replies of the run's policy, as it is now, to this process's prompts."""
+    """Return the replies of the run's policy, as it is now, to this process's prompts.
+
+    Raises:
+        TunesmithError: a prompt leaves no room, or the policy cannot be sampled as `settings` say.
+    """
     dtype = assembled.autocast_dtype
     drawing = Drawing(0.0 if greedy else settings.temperature, settings.top_p, settings.top_k)
+    stops = stops_of(assembled, settings)
+    if settings.decoding == "vllm":
+        return served_replies(assembled, peers, prompts, seeds, settings, drawing, stops)
     with torch.autocast(peers.device.type, dtype) if dtype else nullcontext():
         return sample(
             assembled.tuned.model,
             prompts,
             seeds,
             max_new_tokens=settings.max_new_tokens,
-            stops=stops_of(assembled, settings),
+            stops=stops,
             pad_token_id=assembled.facts.pad_token_id,
             drawing=drawing,
             batch_size=settings.batch_size,

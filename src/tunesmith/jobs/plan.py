@@ -20,11 +20,13 @@ from tunesmith.measure.process_heap import give_back
 from tunesmith.models.context import context_length
 from tunesmith.models.quantize import require_quantiser
 from tunesmith.objectives.sampling import FromReplies
+from tunesmith.rollout.served import cache_bytes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from tunesmith.jobs.planned_models import Models
     from tunesmith.jobs.planned_phases import Phases
     from tunesmith.jobs.planned_writing import Writing
     from tunesmith.methods.counts import ParameterCounts
@@ -108,8 +110,11 @@ def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
     hold_codes_of(tuned.model, tuned.sites, run.model, device)
     away = _inputs_away(tuned, models.dtypes.weights, rows * sequences_a_row(run) * length)
     phases = phases_of(Work(run, models, (rows, length), device, writing))
+    frozen = phases.step.parameters - trained - beside
+    if writing is not None and sampling_of(run.objective).decoding == "vllm":  # type: ignore[union-attr]  # it writes
+        beside += _served(models, writing, frozen)
     memory = MemoryPlan(
-        frozen=phases.step.parameters - trained - beside,
+        frozen=frozen,
         trained=trained,
         gradients=trained,
         optimizer=optimizer,
@@ -120,6 +125,18 @@ def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
     return Plan(
         run, counts, device, (rows, length), memory, block, teacher, writing, tuple(models.remarks)
     )
+
+
+def _served(models: Models, writing: Writing, frozen: int) -> int:
+    """Return the bytes that vLLM holds: the base once more, and keys and values of its rows."""
+    models.remarks.append(
+        "decoding: vllm: its copy of the base and its cache are beside the model here; its buffers "
+        "and graphs are not foreseen"
+    )
+    model = models.tuned.model
+    dtype = models.autocast or model.dtype
+    tokens = writing.prompt + writing.reply
+    return frozen + cache_bytes(model.config, dtype, writing.at_once, tokens)
 
 
 def _needed(run: Run, phases: Phases, *, gradients: int, away: int) -> dict[str, int]:

@@ -143,6 +143,8 @@ class _Rollout:
         """Return the keys and values of all layers at the end."""
         model, settings = self._work.models.tuned.model, sampling_of(self._work.run.objective)
         assert settings is not None  # noqa: S101 - nobody else writes
+        if settings.decoding == "vllm":
+            return ()  # what vLLM needs is there all the time
         drawing = Drawing(settings.temperature, settings.top_p, settings.top_k)
         with evaluating(model), prepared(model):
             if is_fixed(model, settings.decoding, self._work.device):

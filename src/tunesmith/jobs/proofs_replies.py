@@ -9,7 +9,7 @@ import torch
 from tunesmith.data.asked import AskedData
 from tunesmith.engine.evaluation import measuring
 from tunesmith.jobs.experience_lessons import OLD, lessons_of
-from tunesmith.jobs.experience_written import stops_of
+from tunesmith.jobs.experience_written import sampled, stops_of
 from tunesmith.jobs.proofs_pairs import start_tolerance
 from tunesmith.models.modes import autocasting
 from tunesmith.objectives.sampling import FromReplies
@@ -36,17 +36,23 @@ def sampling_agrees(assembled: Assembled, peers: Peers) -> Proof:
     assert isinstance(data, AskedData)  # noqa: S101 - both are of a run that samples
     assert isinstance(objective, FromReplies)  # noqa: S101
     prompts = [asked.input_ids for asked in data.train.peek(PROMPTS)]
-    dtype = assembled.autocast_dtype
-    with autocasting(peers.device, dtype):
-        replies = sample(
-            assembled.tuned.model,
-            prompts,
-            row_seeds(assembled.run.seed, range(-len(prompts), 0)),
-            max_new_tokens=min(TOKENS, objective.rollout.max_new_tokens),
-            stops=stops_of(assembled, objective.rollout),
-            pad_token_id=assembled.facts.pad_token_id,
-            decoding=objective.rollout.decoding,
-        )
+    dtype, settings = assembled.autocast_dtype, objective.rollout
+    seeds = row_seeds(assembled.run.seed, range(-len(prompts), 0))
+    most = min(TOKENS, settings.max_new_tokens)
+    if settings.decoding == "vllm":
+        few = settings.model_copy(update={"max_new_tokens": most})
+        replies = sampled(assembled, peers, prompts, seeds, few)
+    else:
+        with autocasting(peers.device, dtype):
+            replies = sample(
+                assembled.tuned.model,
+                prompts,
+                seeds,
+                max_new_tokens=most,
+                stops=stops_of(assembled, settings),
+                pad_token_id=assembled.facts.pad_token_id,
+                decoding=settings.decoding,
+            )
     trained = lessons_of(assembled, peers).log_probs(prompts, [reply.tokens for reply in replies])
     gap = max(
         abs(one - other)

@@ -32,9 +32,9 @@ class Sampling(Settings):
     """Texts that end a reply, beside the end of the turn."""
     batch_size: int = Field(default=64, ge=1)
     """Replies a process writes at once."""
-    decoding: Literal["auto", "growing", "fixed"] = "auto"
+    decoding: Literal["auto", "growing", "fixed", "vllm"] = "auto"
     """The cache: growing, or fixed with the step as one CUDA graph; auto is fixed on CUDA where the
-    model allows it."""
+    model allows it. With vllm another engine writes, for lora on a base that is not quantised."""
 
 
 class Rollout(Sampling):
