@@ -53,18 +53,24 @@ class JudgedCollator:
         """Return the batch of `rows`; see `tunesmith.types.Batch` for keys and shapes."""
         judged = cast("list[PairRow]", rows)
         batch = self._collate([reply for row in judged for reply in samples_of(row)])
-        starts = np.cumsum([0, *(len(row.segments) for row in judged)])[:-1].tolist()
-        batch |= _pairs(judged, starts)
-        if judged[0].good is not None:
-            batch |= _labelled(judged, starts)
-        if judged[0].score is not None:
-            batch["scores"] = torch.tensor([cast("float", row.score) for row in judged])
-        if judged[0].steps:
-            batch |= _steps(judged, starts)
+        batch |= judgements(judged)
         if self.reference is not None:
             found = np.concatenate([self.reference[row.key] for row in judged])
             batch["reference"] = torch.from_numpy(found)
         return batch
+
+
+def judgements(rows: Sequence[PairRow]) -> Batch:
+    """Return what is known of all replies of `rows`: their batch without its tokens."""
+    starts = np.cumsum([0, *(len(row.segments) for row in rows)])[:-1].tolist()
+    known: Batch = dict(_pairs(rows, starts))
+    if rows[0].good is not None:
+        known |= _labelled(rows, starts)
+    if rows[0].score is not None:
+        known["scores"] = torch.tensor([cast("float", row.score) for row in rows])
+    if rows[0].steps:
+        known |= _steps(rows, starts)
+    return known
 
 
 def _pairs(rows: Sequence[PairRow], starts: Sequence[int]) -> dict[str, Tensor]:

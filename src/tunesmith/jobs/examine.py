@@ -13,13 +13,16 @@ from tunesmith.engine.evaluation import mean_loss
 from tunesmith.engine.events import Listener, Sampled
 from tunesmith.errors import DataError, SpecError
 from tunesmith.jobs.batches import interleave
+from tunesmith.jobs.examine_preferences import measured_by_row
 from tunesmith.measure.choices import choose
 from tunesmith.measure.text import bleu, exact_match, rouge_l
 from tunesmith.models.modes import autocasting
-from tunesmith.objectives import SFT
+from tunesmith.objectives import SFT, Preference
+from tunesmith.objectives.preference import KL
 from tunesmith.rollout.generate import generate
 
 if TYPE_CHECKING:
+    from tunesmith.data.pairs import PairRow
     from tunesmith.data.rows import Prompt, TokenRow
     from tunesmith.engine.distribution import Peers
     from tunesmith.engine.settings import EvaluationSettings
@@ -120,6 +123,8 @@ class Examiner:
     def _losses(self, rows: Sequence[TokenRow]) -> dict[str, float]:
         """Return the loss and the objective's metrics; keep what each row adds to the loss."""
         program = self.assembled.program
+        if isinstance(program.objective, Preference):
+            return self._preferences(program.objective, cast("Sequence[PairRow]", rows))
         noting = NotingLosses(program) if isinstance(program.objective, SFT) else None
         metrics = mean_loss(
             noting or program,
@@ -136,6 +141,13 @@ class Examiner:
                 "counts": [tokens for batch in batches for _, tokens in batch],
             }
         return metrics
+
+    def _preferences(self, objective: Preference, rows: Sequence[PairRow]) -> dict[str, float]:
+        """Return the loss and metrics, means over rows, and keep each row's."""
+        found = measured_by_row(self.assembled, objective, self.peers, rows)
+        # kl is z0, alike in every row: resampled it would look certain.
+        self.outcomes |= {name: each.tolist() for name, each in found.items() if name != KL}
+        return {name: float(each.mean()) for name, each in found.items()}
 
     def _score_replies(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         settings = self.assembled.run.evaluation

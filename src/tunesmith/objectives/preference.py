@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple, Self
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
@@ -29,7 +29,20 @@ _A_TOKEN: Final = {"ipo", "orpo", "simpo"}
 """Losses that look at log-probabilities a token unless told otherwise."""
 MISMATCHED: Final = "mismatched_log_ratio"
 """kto: the mean of r over prompts with another row's reply, from which z0 comes."""
+KL: Final = "kl"
+"""kto: z0 itself, one number for all rows that share it and no mean over them."""
 _SMOOTHED: Final = {"sigmoid", "robust", "simpo", "cpo"}
+
+
+class PreferenceTerms(NamedTuple):
+    """What each pair, or each labelled reply, comes to."""
+
+    losses: Tensor
+    """(pairs,) float, unweighted."""
+    weights: Tensor
+    """(pairs,) float, 1 over the pairs of the same prompt; of a labelled reply 1."""
+    metrics: dict[str, Tensor]
+    """(pairs,) float each, detached, unweighted."""
 
 
 class Preference(Objective):
@@ -129,23 +142,33 @@ class Preference(Objective):
         Raises:
             ModelError: the model has no linear language-model head.
         """
-        policy = reply_log_probs(model, batch)
-        reference: Tensor | None = batch.get("reference")
-        if self.loss_type == "kto":
-            return self.loss_of_labels(policy, batch, reference)
-        return self.loss_of_pairs(policy, batch, reference)
+        terms = self.terms(reply_log_probs(model, batch), batch, batch.get("reference"))
+        return LossTerms(
+            (terms.weights * terms.losses).sum(),
+            self.count(batch),
+            {name: (terms.weights * value).sum() for name, value in terms.metrics.items()},
+        )
 
-    def loss_of_pairs(
+    def terms(
         self, policy: ReplyLogProbs, batch: Batch, reference: Tensor | None
-    ) -> LossTerms:
-        """Return the summed loss of pairs; those of one prompt share a weight of 1.
+    ) -> PreferenceTerms:
+        """Return the loss and metrics of each pair or labelled reply, before they are summed.
 
         Args:
             policy: of the model that trains.
-            batch: winners, losers, pair_weights.
+            batch: winners, losers, pair_weights; for kto matched, mismatched, good, and z0 where
+                the batch is part of a larger one. No tokens are needed, so a batch may be of any
+                number of rows.
             reference: (sequences,) log p of the frozen model; None for losses without one.
         """
-        beta, weights = self.strength, batch["pair_weights"]
+        if self.loss_type == "kto":
+            return self._of_labels(policy, batch, reference)
+        return self._of_pairs(policy, batch, reference)
+
+    def _of_pairs(
+        self, policy: ReplyLogProbs, batch: Batch, reference: Tensor | None
+    ) -> PreferenceTerms:
+        beta = self.strength
         w, l = batch["winners"], batch["losers"]  # noqa: E741 - the papers' letters
         ratio = policy.sums if reference is None else policy.sums - reference
         scored = ratio / policy.lengths if self.per_token else ratio
@@ -165,11 +188,7 @@ class Preference(Objective):
             "chosen_log_prob": policy.sums.detach()[w],
             "rejected_log_prob": policy.sums.detach()[l],
         }
-        return LossTerms(
-            (weights * total).sum(),
-            self.count(batch),
-            {name: (weights * value).sum() for name, value in metrics.items()},
-        )
+        return PreferenceTerms(total, batch["pair_weights"], metrics)
 
     def _of_gap(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """Return the loss of each pair, (pairs,), of what its two replies score."""
@@ -194,16 +213,9 @@ class Preference(Objective):
             return self.chosen_weight
         return 1.0 if self.loss_type in {"orpo", "cpo"} else 0.0
 
-    def loss_of_labels(
+    def _of_labels(
         self, policy: ReplyLogProbs, batch: Batch, reference: Tensor | None
-    ) -> LossTerms:
-        """Return KTO's summed loss of labelled replies.
-
-        Args:
-            policy: of the model that trains.
-            batch: matched, mismatched, good, and z0 where the batch is part of a larger one.
-            reference: (sequences,) log p of the frozen model.
-        """
+    ) -> PreferenceTerms:
         assert reference is not None  # noqa: S101 - kto needs one, so the program gives one
         ratio = policy.sums - reference
         scored = ratio / policy.lengths if self.per_token else ratio
@@ -215,17 +227,14 @@ class Preference(Objective):
         terms = losses.kto(matched, good, z0, beta=self.strength, weights=weights)
         rewards = (self.strength * matched).detach()
         right = (rewards > self.strength * z0) == good
-        return LossTerms(
-            terms.sum(),
-            self.count(batch),
-            {
-                "reward_accuracy": right.to(rewards.dtype).sum(),
-                # Good replies' rewards less bad ones': its growth is what the loss asks for.
-                "signed_reward": torch.where(good, rewards, -rewards).sum(),
-                "kl": z0 * len(matched),
-                MISMATCHED: mismatched.sum(),
-            },
-        )
+        metrics = {
+            "reward_accuracy": right.to(rewards.dtype),
+            # Good replies' rewards less bad ones': its growth is what the loss asks for.
+            "signed_reward": torch.where(good, rewards, -rewards),
+            KL: z0.expand_as(matched),
+            MISMATCHED: mismatched,
+        }
+        return PreferenceTerms(terms, torch.ones_like(rewards), metrics)
 
     def common(self) -> Callable[[Mapping[str, float]], Batch] | None:
         """Return what gives all micro-batches one z0; None for the losses of pairs.
