@@ -1,15 +1,18 @@
 """`tunesmith inspect`: what a trained adapter is."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import tunesmith
 from tiny import tiny_llama
+from tunesmith import DataSettings, EngineSettings, ModelSettings, Run, Source, TrainSettings
 from tunesmith.cli import main
 from tunesmith.methods import (
     AdaLoRA,
@@ -98,6 +101,21 @@ def test_norms_are_those_of_what_merging_adds(
             expected = (model.get_parameter(name).double() - before[name]).norm()
             # the merged weight is rounded to float32, and the difference is small beside it
             assert norm == pytest.approx(float(expected.detach()), rel=1e-3)
+
+
+def test_an_adapter_with_weights_that_are_not_finite_is_told_in_json(
+    capsys: pytest.CaptureFixture[str], save: Save
+) -> None:
+    def spoil(tuned: TunedModel) -> None:
+        with torch.no_grad():
+            for name, parameter in tuned.trainable().items():
+                parameter.fill_(torch.nan if "layers.1" in name else 1.0)
+
+    _, path = save(LoRA(rank=2, targets=["attention.q"]), change=spoil)
+    found = json.loads(said(capsys, "inspect", "--json", path), parse_constant=pytest.fail)
+    norms = found["adapters"][0]["inside"]["delta_norms"]
+    assert norms["model.layers.0.self_attn.q_proj"] > 0
+    assert norms["model.layers.1.self_attn.q_proj"] is None
 
 
 def test_ranks_that_adalora_kept_are_shown(capsys: pytest.CaptureFixture[str], save: Save) -> None:
@@ -223,11 +241,91 @@ def test_another_place_of_the_base_can_be_given(
     assert "norm of the change of each weight" in shown
 
 
+def chained(folder: Path, model: Path, method: Method) -> tuple[Path, Path]:
+    """Train a LoRA, and `method` on the base with it merged in; return both run directories."""
+    rows = folder / "rows.jsonl"
+    texts = ({"prompt": f"Say {n}", "completion": "yes" * n} for n in range(1, 9))
+    rows.write_text("\n".join(map(json.dumps, texts)))
+    found: list[Path] = []
+    for name, trained in (("first", LoRA(rank=2)), ("second", method)):
+        adapter = str(found[0]) if found else None
+        run = Run(
+            name=name,
+            output=str(folder / "runs"),
+            model=ModelSettings(name=str(model), dtype="float32", adapter=adapter),
+            method=trained,
+            data=DataSettings(train=[Source(path=str(rows))], max_length=96),
+            train=TrainSettings(max_steps=1, batch_size=4, learning_rate=1e-2),
+            engine=EngineSettings(device="cpu"),
+        )
+        found.append(tunesmith.train(run).directory.path)
+    return found[0], found[1]
+
+
+def test_a_run_that_starts_from_another_is_inspected_on_its_own_base(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    first, second = chained(tmp_path, tiny_model, LoRA(rank=4, targets=["attention.q"]))
+    capsys.readouterr()
+    own = tunesmith.load_run(second).tuned
+    for path in (second, second / "adapter"):
+        found = json.loads(said(capsys, "inspect", "--json", str(path)))
+        (adapter,) = found["adapters"]
+        assert (found["starts_from"], found["missing_base"]) == (str(first), None)
+        assert adapter["parameters"] == sum(t.numel() for t in own.trainable().values())
+        norms = adapter["inside"]["delta_norms"]
+        assert list(norms) == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+        assert all(norm > 0 for norm in norms.values())
+    shown = said(capsys, "inspect", str(second))
+    assert f"starts from {first}, whose adapter was merged into the base" in shown
+    assert "only the files" not in shown
+
+
+def test_a_prompt_on_another_runs_result_is_shown_in_the_tokens_of_the_base(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    _, second = chained(tmp_path, tiny_model, PromptTuning(tokens=3))
+    capsys.readouterr()
+    near = inspected(capsys, str(second))["inside"]["nearest_tokens"]
+    assert [len(row) for row in near] == [3, 3, 3]
+
+
+def test_a_chain_that_was_moved_is_inspected_where_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    old, new = tmp_path / "server", tmp_path / "laptop"
+    old.mkdir()
+    chained(old, tiny_model, LoRA(rank=2))
+    capsys.readouterr()
+    old.rename(new)
+    found = json.loads(said(capsys, "inspect", "--json", str(new / "runs" / "second")))
+    assert found["starts_from"] == str(new / "runs" / "first")
+    assert found["adapters"][0]["inside"]["delta_norms"]
+
+
+def test_where_the_run_it_starts_from_changed_or_is_gone_only_the_files_are_described(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path
+) -> None:
+    first, second = chained(tmp_path, tiny_model, LoRA(rank=2))
+    capsys.readouterr()
+    weights = first / "adapter" / "adapter_model.safetensors"
+    save_file({name: t + 1 for name, t in load_file(weights).items()}, weights)
+    shown = said(capsys, "inspect", str(second))
+    assert f"model.adapter: {first} is not what the run started from" in shown
+    assert "adapter 'default', lora" in shown
+    shutil.rmtree(first)
+    shown = said(capsys, "inspect", str(second))
+    assert f"model.adapter: {first} holds no adapter" in shown
+    assert f"starts from {first}" in shown
+    assert "adapter 'default', lora" in shown
+
+
 def test_a_run_directory_tells_what_its_run_found(
-    capsys: pytest.CaptureFixture[str], save: Save, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], save: Save, tmp_path: Path, tiny_model: Path
 ) -> None:
     save(LoRA(rank=2))
-    (tmp_path / "run.yaml").write_text("name: x\n")
+    run = {"name": "x", "model": {"name": str(tiny_model)}, "data": {"train": [{"path": "rows"}]}}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))  # JSON is YAML
     gates = {"model.layers.0": {"lora": 0.75, "adapter": 0.25}}
     (tmp_path / "summary.json").write_text(json.dumps({"gates": gates, "steps": 3}))
     found = json.loads(said(capsys, "inspect", "--json", str(tmp_path)))

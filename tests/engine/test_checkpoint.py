@@ -23,6 +23,8 @@ from tunesmith.engine.checkpoint import (
     step_of,
 )
 from tunesmith.engine.events import Event, Warned
+from tunesmith.engine.progress import Best
+from tunesmith.engine.snapshot import find_best
 from tunesmith.errors import CheckpointError
 
 
@@ -168,6 +170,72 @@ def test_training_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert [step_of(path) for path in checkpoints(tmp_path)] == [2, 5, 6]
     assert outcome.best is not None
     assert (outcome.best.step, outcome.best.value) == (2, 1.0)
+
+
+def measured_run(run_dir: Path, metric: str, values: list[float], *, every: int = 1) -> Best:
+    """Train with a checkpoint a step and these evaluations, the first before training."""
+    task, served = plain_task(), iter(values)
+    task.evaluate = lambda: {metric: next(served)}
+    outcome = train(task, run_dir, save_every=1, evaluate_every=every, keep=9, best=metric)
+    assert outcome.best is not None
+    return outcome.best
+
+
+def harm(run_dir: Path, step: int) -> None:
+    os.truncate(run_dir / "checkpoints" / f"step-{step:08d}" / "trainable.safetensors", 9)
+
+
+def test_the_best_checkpoint_is_found_without_a_word(tmp_path: Path) -> None:
+    best = measured_run(tmp_path, "loss", [9.0, 3.0, 1.0, 2.0, 6.0, 7.0, 8.0])
+    harm(tmp_path, 5)
+    found = find_best(tmp_path, best, listeners=[pytest.fail])
+    assert found == tmp_path / "checkpoints" / "step-00000002"
+
+
+@pytest.mark.parametrize(
+    ("metric", "values"),
+    [
+        ("loss", [0.5, 3.0, 1.0, float("nan"), 2.0, 7.0, 8.0]),
+        ("accuracy", [9.0, 3.0, 8.0, float("nan"), 7.0, 2.0, 1.0]),
+    ],
+)
+def test_the_next_best_checkpoint_takes_the_place_of_a_damaged_one_with_a_warning(
+    tmp_path: Path, metric: str, values: list[float]
+) -> None:
+    best = measured_run(tmp_path, metric, values)
+    assert best.step == 2
+    harm(tmp_path, 2)
+    events: list[Event] = []
+    found = find_best(tmp_path, best, listeners=[events.append])
+    assert found == tmp_path / "checkpoints" / "step-00000004"
+    (warned,) = events
+    assert isinstance(warned, Warned)
+    assert "step-00000002: trainable.safetensors has 9 bytes" in warned.message
+    assert f"the result is {found}, whose {metric} is {values[4]:.4g}" in warned.message
+
+
+def test_every_damaged_checkpoint_that_could_have_been_the_best_is_named(tmp_path: Path) -> None:
+    best = measured_run(tmp_path, "loss", [9.0, 3.0, 1.0, 2.0, 6.0, 7.0, 8.0])
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
+    harm(tmp_path, 3)
+    events: list[Event] = []
+    found = find_best(tmp_path, best, listeners=[events.append])
+    assert found == tmp_path / "checkpoints" / "step-00000001"
+    gone, cut = (event.message for event in events if isinstance(event, Warned))
+    assert "step-00000002: manifest.json cannot be read (No such file" in gone
+    assert "step-00000003: trainable.safetensors has 9 bytes" in cut
+
+
+def test_a_checkpoint_that_was_not_evaluated_is_never_the_best(tmp_path: Path) -> None:
+    best = measured_run(tmp_path, "loss", [9.0, 1.0, 5.0, 4.0], every=2)
+    assert best.step == 2
+    for step in (2, 4, 6):
+        harm(tmp_path, step)
+    events: list[Event] = []
+    assert find_best(tmp_path, best, listeners=[events.append]) is None
+    first = events[0]
+    assert isinstance(first, Warned)
+    assert first.message.endswith("was the best, the result is the model after the last step")
 
 
 def test_other_things_in_the_folder_are_no_checkpoints(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tunesmith.engine.events import (
     CheckpointSaved,
     Evaluated,
     Event,
+    Gathered,
     MicroBatchHalved,
     RunFinished,
     RunStarted,
@@ -44,6 +45,20 @@ STEP = StepDone(
     metrics={"accuracy": 0.5},
 )
 SKIPPED = StepDone(**{**vars(STEP), "loss": float("nan"), "skipped": True})
+GATHERED = Gathered(
+    step=4,
+    replies=1,
+    tokens=3,
+    reward=0.5,
+    reward_std=0.0,
+    rewards={"length": 0.5},
+    length=3.0,
+    ended=1.0,
+    measured={"kl": float("nan")},
+    tokens_per_second=3.0,
+    seconds=1.0,
+    samples=[{"prompt": "a", "reply": "b", "reward": float("nan")}],
+)
 FINISHED = RunFinished(
     step=40,
     total=40,
@@ -89,9 +104,12 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     write = JsonlWriter(path)
     write(SKIPPED)
     write(Evaluated(step=3, metrics={"loss": float("inf")}))
+    write(GATHERED)
     write.close()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.open()]
     assert (lines[0]["loss"], lines[1]["metrics"]["loss"]) == (None, None)
+    assert lines[2]["measured"] == {"kl": None}
+    assert lines[2]["samples"] == [{"prompt": "a", "reply": "b", "reward": None}]
 
 
 def test_a_resumed_run_without_a_record_starts_one(tmp_path: Path) -> None:

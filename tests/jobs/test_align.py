@@ -425,6 +425,14 @@ def test_policies_are_compared_on_the_same_prompts(
     assert ("within the interval of chance" in " ".join(sentences(verdicts))) == by_chance
 
 
+def test_a_policy_whose_log_probabilities_are_not_finite_has_no_kl() -> None:
+    """Its file holds null for them."""
+    found = {"rewards": [1.0, 2.0], "replies": ["a", "b"], "lengths": [2], "ended": [True]}
+    found |= {"divergences": [0.5, None], "gains": [1.0, None], "leads": [None, 1.0]}
+    policy = verdict_of(Policy("dpo", Path()), found, {})
+    assert (policy.kl, policy.prefers, policy.likelier) == (None, 0.5, 0.5)
+
+
 def test_the_course_is_that_of_the_policy_whose_checkpoints_were_judged() -> None:
     verdicts = [
         verdict("base", 0.0, kl=None),

@@ -372,6 +372,25 @@ def test_predictions_are_those_of_the_evaluation(tmp_path: Path, bases: Path) ->
         predict(result.directory.path, ["a", " "])
 
 
+def test_labels_are_given_from_one_half_on_where_no_best_threshold_was_found(
+    tmp_path: Path, bases: Path
+) -> None:
+    """Where the outputs after training were not finite, the summary holds null for it."""
+    rows = [
+        row | {"label": [sign for sign in "a#" if sign in row["text"]]} for row in marked_rows(48)
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    train = TrainSettings(max_steps=1, batch_size=16)
+    run = run_of(tmp_path, bases / "bert", objective=Classification(kind="multi"), train=train)
+    directory = tunesmith.train(run).directory
+    summary = json.loads(directory.summary.read_text())
+    summary["after"]["threshold"] = None
+    directory.summary.write_text(json.dumps(summary))
+    (found,) = predict(directory.path, ["#a"])
+    likely = [label for label, share in found.probabilities.items() if share > 0.5]
+    assert found.said.split() == likely
+
+
 def test_a_run_that_writes_predicts_nothing(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 8
     write_rows(tmp_path / "sft.jsonl", rows)

@@ -4,10 +4,14 @@ import csv
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
+from pairs import pair_rows, write_rows
 from reply_runs import run_of as replies_of
 from tunesmith.engine.settings import EvaluationSettings
 from tunesmith.errors import DataError, SpecError
@@ -226,18 +230,42 @@ def test_a_rate_at_which_the_loss_is_no_number_is_left_out(comparison_file: Path
     comparison = load_comparison(comparison_file, overrides)
     findings = compare(comparison, comparison_file, lambda line: None)
     wild = next(row for row in findings.rows if row.name == "wild")
-    assert wild.failed == "loss is nan at every rate tried"
+    assert wild.failed == "loss is not finite at any rate tried"
     assert [row.name for row in findings.trained] == ["lora"]
+    for path in comparison.directory.rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-def test_a_row_with_a_seed_that_diverged_has_no_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["null", "NaN", "Infinity"])
+def test_a_row_with_a_seed_that_diverged_has_no_result(tmp_path: Path, loss: str) -> None:
+    """Files hold null; those of earlier versions hold Python's bare words."""
     runs = [RunDirectory(tmp_path / name) for name in "ab"]
-    for run, loss in zip(runs, (0.5, float("nan")), strict=True):
+    for run, found in zip(runs, ("0.5", loss), strict=True):
         run.path.mkdir()
-        run.summary.write_text(json.dumps({"after": {"loss": loss}}))
+        run.summary.write_text(f'{{"after": {{"loss": {found}}}}}')
     row = Row("lora", {}, None, {}, None, runs, None)
-    found = findings_of("job", "loss", [row]).rows
-    assert [row.failed for row in found] == ["loss is nan after training, with 1 of 2 seeds"]
+    rows = findings_of("job", "loss", [row]).rows
+    assert [row.failed for row in rows] == ["loss is not finite after training, with 1 of 2 seeds"]
+
+
+def test_what_a_row_forgot_is_not_known_where_one_seed_has_no_finite_number(
+    tmp_path: Path,
+) -> None:
+    runs = [RunDirectory(tmp_path / name) for name in "ab"]
+    summary = {
+        "model": "m", "kind": "decoder", "objective": "sft", "hardware": {}, "before": {},
+        "after": {"loss": 0.5}, "data": {"train": {"kept": 8}}, "trainable_parameters": 1,
+        "total_parameters": 2, "result_bytes": 4, "peak_process_bytes": 1, "steps": 1,
+        "peak_device_bytes": None,
+    }  # fmt: skip
+    for run, after in zip(runs, (4.0, None), strict=True):
+        run.path.mkdir()
+        general = {"general_loss": {"before": 3.0, "after": after}}
+        run.summary.write_text(json.dumps(summary | general))
+        run.environment.write_text(json.dumps({"started": "", "versions": {}}))
+    (row,) = findings_of("job", "loss", [Row("lora", {}, None, {}, None, runs, None)]).rows
+    assert (row.quality, row.general_before, row.general_after) == (0.5, 3.0, None)
+    assert row.forgetting is None
 
 
 def test_a_row_with_a_seed_that_failed_has_no_result(comparison_file: Path) -> None:
@@ -297,6 +325,47 @@ def test_replies_that_runs_write_are_compared_by_their_reward(
     path.write_text(yaml.safe_dump(values))
     (row,) = compare(load_comparison(path), path, lambda line: None).trained
     assert row.seconds_per_step is not None  # of the run that was alone, after the others
+
+
+@pytest.mark.parametrize("metric", ["loss", "reward_accuracy"])
+def test_preferences_are_compared_with_scipys_paired_bootstrap_over_pairs(
+    comparison_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    rows = pair_rows(64)
+    for row in rows[::3]:  # so that neither way ranks all of them right
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    overrides = [
+        "run.objective={name: dpo}", "run.data.holdout=40", "run.evaluation={samples: 0}",
+        "methods=[lora, ia3]", "seeds=1", "learning_rates=1", f"metric={metric}",
+    ]  # fmt: skip
+    comparison = load_comparison(comparison_file, overrides)
+    findings = compare(comparison, comparison_file, lambda line: None)
+    assert findings.rows[0].name == "untuned"  # a model that has no head to be random
+    best, other = findings.trained
+    scores = [
+        np.array(json.loads((path / "seed-0" / "outcomes.json").read_text())[metric])
+        for path in (comparison.directory / row.name for row in (best, other))
+    ]
+
+    def drawn(values: tuple[np.ndarray, ...], statistic: Any) -> Any:
+        return stats.bootstrap(
+            values, statistic, paired=True, n_resamples=6000, method="percentile",
+            rng=np.random.default_rng(0),
+        )  # fmt: skip
+
+    for row, of_row in zip((best, other), scores, strict=True):
+        assert row.quality == pytest.approx(of_row.mean())
+        expected = drawn((of_row,), np.mean).confidence_interval
+        # The ends of 1,000 resamples lie within some 2 % of the width, and shares are 1 / 40 apart.
+        near = pytest.approx(tuple(expected), abs=0.1 * (expected.high - expected.low))
+        assert (row.low, row.high) == near
+    apart = drawn(
+        tuple(scores), lambda one, two, axis: one.mean(axis) - two.mean(axis)
+    ).bootstrap_distribution
+    smaller = min((apart <= 0).mean(), (apart >= 0).mean())
+    assert other.p_value == pytest.approx(min(1.0, 2 * smaller), abs=0.05)
 
 
 def test_a_file_that_is_not_there_is_no_comparison_file() -> None:

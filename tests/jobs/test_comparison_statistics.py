@@ -54,6 +54,15 @@ def test_the_interval_of_a_difference_of_losses_is_that_of_scipys_paired_bootstr
     assert two_sided_p(drawn[1] - drawn[0]) == pytest.approx(2 * min(below, 1 - below), abs=0.03)
 
 
+def test_a_number_that_was_not_finite_leaves_metrics_of_the_other_rows() -> None:
+    """Its file holds null for it."""
+    predictions = {"kind": "numbers", "true": [1.0, 2.0, 3.0], "predicted": [2.0, None, 4.0]}
+    found = statistic_of({"predictions": predictions}, "pearson")
+    assert found is not None
+    assert np.isnan(found.on(np.arange(3)))
+    assert found.on(np.array([0, 2])) == pytest.approx(1.0)
+
+
 def test_nothing_counted_is_zero_and_no_division() -> None:
     found = statistic_of({"entity_f1": {"totals": [0, 2], "counts": [0, 2]}}, "entity_f1")
     assert found is not None

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from shutil import rmtree
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -29,6 +31,8 @@ from tunesmith import (
     Source,
     TrainSettings,
 )
+from tunesmith.engine.checkpoint import checkpoint_of, load_trainable
+from tunesmith.engine.events import Evaluated, Event, RunFinished
 from tunesmith.engine.settings import CheckpointSettings
 from tunesmith.errors import SpecError
 from tunesmith.jobs import proofs
@@ -262,6 +266,56 @@ def test_early_stopping_gives_the_best_model(tmp_path: Path, rows: Path, tiny_mo
     assert result.outcome.stopped_because == "early_stopping"
     assert result.outcome.best is not None
     assert result.summary["after"]["loss"] == pytest.approx(result.outcome.best.value)
+
+
+@pytest.mark.parametrize("harm", [lambda p: os.truncate(p / "trainable.safetensors", 9), rmtree])
+def test_where_the_best_checkpoint_is_damaged_the_best_of_the_others_is_the_result(
+    tmp_path: Path, rows: Path, tiny_model: Path, harm: Callable[[Path], None]
+) -> None:
+    train = TrainSettings(
+        max_steps=40, batch_size=4, learning_rate=2.0, schedule="constant", early_stopping=2
+    )
+    run = run_of(
+        tmp_path,
+        tiny_model,
+        train=train,
+        evaluation=EvaluationSettings(every_steps=1, samples=0),
+        checkpoint=CheckpointSettings(every_steps=1, keep=9),
+    )
+    losses: dict[int, float] = {}
+
+    def spoil(event: Event) -> None:
+        if isinstance(event, Evaluated) and event.step > 0:
+            losses[event.step] = event.metrics["loss"]
+        elif isinstance(event, RunFinished):
+            harm(checkpoint_of(run.directory, min(losses, key=losses.__getitem__)))
+
+    result = tunesmith.train(run, listeners=[spoil])
+    best, second = sorted(losses, key=losses.__getitem__)[:2]
+    assert second != result.outcome.steps
+    assert result.summary["after"]["loss"] == pytest.approx(losses[second])
+    saved = load_trainable(checkpoint_of(run.directory, second))
+    torch.testing.assert_close(result.tuned.state_dict(), saved, rtol=0, atol=0)
+    page = result.directory.report.read_text()
+    assert f"step-{best:08d}: " in page
+    assert f"the result is {checkpoint_of(run.directory, second)}" in page
+
+
+def test_a_run_that_diverged_leaves_files_that_every_program_reads(
+    tmp_path: Path, rows: Path, tiny_model: Path
+) -> None:
+    train = TrainSettings(max_steps=2, batch_size=4, learning_rate=1e20, warmup=0)
+    directory = tunesmith.train(run_of(tmp_path, tiny_model, train=train)).directory
+    tunesmith.evaluate(directory.path)
+    found = {
+        path.stem: json.loads(path.read_text(), parse_constant=pytest.fail)
+        for path in directory.path.glob("*.json")
+    }
+    assert found["summary"]["after"]["loss"] is None
+    assert found["evaluation"]["metrics"]["tuned"]["loss"] is None
+    assert set(found["outcomes"]["loss"]["totals"]) == {None}
+    for line in directory.metrics.read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
 
 
 def test_a_run_can_be_evaluated_on_other_data(tmp_path: Path, rows: Path, tiny_model: Path) -> None:

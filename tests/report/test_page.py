@@ -18,7 +18,8 @@ from tunesmith.engine.events import (
 )
 from tunesmith.errors import CheckpointError, DataError
 from tunesmith.report.curves import draw, smoothed, thinned
-from tunesmith.report.page import write_report
+from tunesmith.report.page import metric_rows, write_report
+from tunesmith.report.record import read_record
 from tunesmith.report.words import change, count, duration, flat, improved, metric, size
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -233,6 +234,17 @@ def test_an_early_end_is_said(tmp_path: Path) -> None:
     page = report(tmp_path)
     assert "Stopped early: early stopping." in page
     assert "Steps skipped" in page
+
+
+@pytest.mark.parametrize("unknown", ["null", "NaN", "-Infinity"])
+def test_a_metric_that_was_not_finite_is_a_dash_and_neither_better_nor_worse(
+    tmp_path: Path, unknown: str
+) -> None:
+    write_run(tmp_path)
+    summary = f'{{"before": {{"loss": 3.2}}, "after": {{"loss": {unknown}}}}}'
+    (tmp_path / "summary.json").write_text(summary)
+    (row,) = metric_rows(read_record(tmp_path))
+    assert row == ("Loss", "3.2000", "\u2013", "\u2013", None)
 
 
 def test_the_page_is_the_same_each_time_and_leaves_no_other_file(tmp_path: Path) -> None:

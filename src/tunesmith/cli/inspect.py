@@ -21,26 +21,27 @@ def inspect(
     ] = None,
 ) -> None:
     """Print what a trained adapter is, and what training made of its method."""
-    import json
-
     from rich.console import Console
 
     from tunesmith.cli.inspection import tables
     from tunesmith.jobs.inspect import inspect_result
+    from tunesmith.json_text import strict_json
 
     found = inspect_result(path, tokens=tokens, base=base)
     if as_json:
-        print(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        print(strict_json(found.to_json(), indent=2))
         return
     console = Console()
     if found.missing_base is not None:
         print(f"only the files are described, not what is in them: {found.missing_base}")
+    if found.starts_from is not None:
+        print(f"starts from {found.starts_from}, whose adapter was merged into the base")
     for adapter in found.adapters:
         _say(adapter)
         for table in tables(adapter):
             console.print(table)
     for name, finding in found.findings.items():
-        print(f"{name}: {json.dumps(finding, indent=2)}")
+        print(f"{name}: {strict_json(finding, indent=2)}")
 
 
 def _say(adapter: InspectedAdapter) -> None:

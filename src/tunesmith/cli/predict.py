@@ -27,12 +27,12 @@ def predict(
     ] = False,
 ) -> None:
     """Say the label of texts and how probable it is, or the reward of replies."""
-    import json
     from dataclasses import asdict
 
     from tunesmith.errors import SpecError
     from tunesmith.jobs.predict import predict as predict_texts
     from tunesmith.jobs.predict import predict_file
+    from tunesmith.json_text import strict_json
 
     if not text and not file:
         raise SpecError("nothing to classify; give --text or --file")
@@ -41,7 +41,7 @@ def predict(
     found += predict_file(run_directory, file, overrides=own) if file else []
     for prediction in found:
         if as_json:
-            print(json.dumps(asdict(prediction), ensure_ascii=False))
+            print(strict_json(asdict(prediction)))
             continue
         share = prediction.probabilities.get(prediction.said)
         sure = "" if share is None else f"\t{share:.3f}"

@@ -49,6 +49,11 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((path for path in found if path.name[len(_PREFIX) :].isdigit()), key=step_of)
 
 
+def checkpoint_of(run_dir: Path, step: int) -> Path:
+    """Return where the checkpoint of `step` lies, if there is one."""
+    return run_dir / FOLDER / f"{_PREFIX}{step:08d}"
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the optimiser steps that were taken when `checkpoint` was saved."""
     return int(checkpoint.name.removeprefix(_PREFIX))
@@ -66,7 +71,7 @@ def save_snapshot(run_dir: Path, step: int, snapshot: Snapshot) -> Path:
         CheckpointError: the disk is full or cannot be written; what was there before is untouched.
     """
     folder = run_dir / FOLDER
-    final = folder / f"{_PREFIX}{step:08d}"
+    final = checkpoint_of(run_dir, step)
     unfinished = folder / f"{_UNFINISHED}{step:08d}"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -88,6 +93,7 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     tensors = (snapshot.trainable, snapshot.optimizer, snapshot.random)
     for name, content in zip(_TENSORS, tensors, strict=True):
         save_file(content, folder / f"{name}.safetensors")
+    # Python's JSON: what resumes has to get NaN and infinities back.
     (folder / _STATE).write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
     manifest = {
         path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
@@ -143,8 +149,13 @@ def load_snapshot(checkpoint: Path) -> Snapshot:
     trainable, optimizer, random = (
         load_file(checkpoint / f"{name}.safetensors") for name in _TENSORS
     )
-    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    return Snapshot(trainable, optimizer, random, state)
+    return Snapshot(trainable, optimizer, random, load_state(checkpoint))
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint that is whole holds beside tensors."""
+    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def load_trainable(checkpoint: Path) -> dict[str, Tensor]:
@@ -165,11 +176,16 @@ def find_resumable(run_dir: Path, *, listeners: Sequence[Listener] = ()) -> Path
         if wrong is None:
             newest = checkpoint
             break
-        damaged.append(f"stepped over the damaged checkpoint {checkpoint}: {wrong}")
+        damaged.append(stepped_over(checkpoint, wrong))
     for message in damaged:
         for listener in listeners:
             listener(Warned(step=step_of(newest) if newest else 0, message=message))
     return newest
+
+
+def stepped_over(checkpoint: Path, wrong: str) -> str:
+    """Return the warning that a checkpoint is not taken for what is wrong with it."""
+    return f"stepped over the damaged checkpoint {checkpoint}: {wrong}"
 
 
 def prune(run_dir: Path, *, newest: int, keep: int, best: int | None) -> None:

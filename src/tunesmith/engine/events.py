@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+from tunesmith.json_text import finite
 
 if TYPE_CHECKING:
     from tunesmith.types import JSON
@@ -193,13 +194,5 @@ def as_json(event: Event) -> dict[str, JSON]:
 
     Numbers that are not finite become null, since JSON has no word for them.
     """
-    fields: dict[str, JSON] = {key: _finite(value) for key, value in asdict(event).items()}
+    fields: dict[str, JSON] = finite(asdict(event))
     return {"event": event.kind, "time": round(time.time(), 3), **fields}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

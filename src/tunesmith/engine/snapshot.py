@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
@@ -11,12 +12,22 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tunesmith.engine import random_state
-from tunesmith.engine.checkpoint import Snapshot, load_snapshot, save_snapshot
+from tunesmith.engine.checkpoint import (
+    Snapshot,
+    checkpoint_of,
+    checkpoints,
+    damage,
+    load_snapshot,
+    load_state,
+    save_snapshot,
+    stepped_over,
+)
 from tunesmith.engine.distribution import full, like
+from tunesmith.engine.events import Listener, Warned
 from tunesmith.engine.optimizer import load_state_by_name, state_by_name
-from tunesmith.engine.progress import Progress
+from tunesmith.engine.progress import Best, Progress
 from tunesmith.errors import CheckpointError
-from tunesmith.types import R
+from tunesmith.types import LOWER_IS_BETTER, R
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -183,3 +194,45 @@ def _load_optimizer(snapshot: Snapshot, training: Training[R]) -> None:
     load_state_by_name(
         training.optimizer, training.trainable, tensors | dict(snapshot.state["optimizer"])
     )
+
+
+def find_best(run_dir: Path, best: Best, *, listeners: Sequence[Listener] = ()) -> Path | None:
+    """Return the checkpoint of the best evaluation among those that are whole.
+
+    Damaged ones are stepped over, as in resuming; where the best of all is among them, listeners
+    are warned what is taken in its place.
+
+    Args:
+        run_dir: where `checkpoints/` is.
+        best: the best evaluation of the run.
+        listeners: told of each damaged checkpoint that could have been taken.
+
+    Returns:
+        None where no whole checkpoint was evaluated; the best there is is then the model after the
+        last step, and listeners are told so.
+    """
+    wanted = checkpoint_of(run_dir, best.step)
+    if damage(wanted) is None:
+        return wanted
+    damaged = {path: wrong for path in {wanted, *checkpoints(run_dir)} if (wrong := damage(path))}
+    whole = [path for path in checkpoints(run_dir) if path not in damaged]
+    values = {path: value for path in whole if (value := _value_at(path, best.metric)) is not None}
+    choose = min if best.metric in LOWER_IS_BETTER else max
+    found = choose(values, key=values.__getitem__, default=None)
+    told = "the model after the last step"
+    if found is not None:
+        told = f"{found}, whose {best.metric} is {values[found]:.4g}"
+    for path, wrong in sorted(damaged.items()):
+        message = stepped_over(path, wrong)
+        if path == wanted:
+            message += f"; its {best.metric} {best.value:.4g} was the best, the result is {told}"
+        for listener in listeners:
+            listener(Warned(step=best.step, message=message))
+    return found
+
+
+def _value_at(checkpoint: Path, metric: str) -> float | None:
+    """Return what `metric` came to at a checkpoint's step; None where it gave no number there."""
+    progress = Progress.from_json(load_state(checkpoint)["progress"])
+    value = progress.latest.get(metric, math.nan)
+    return None if progress.evaluated_at != progress.step or math.isnan(value) else value

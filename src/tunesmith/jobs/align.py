@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from tunesmith.jobs.align_spec import MERGED, Alignment, Stage
 from tunesmith.jobs.align_stages import Step, in_a_process, run_step
 from tunesmith.jobs.processes import alone
 from tunesmith.jobs.run_directory import write_json, write_text
+from tunesmith.json_text import parse_json
 from tunesmith.report.alignment import write_alignment_report
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _merge(run: Path, target: Path) -> None:
 def _evidence(alignment: Alignment, stage: Stage) -> dict[str, Any]:
     """Return what a stage's summary says, as the report shows it."""
     directory = alignment.run_directory(stage.name)
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    summary = parse_json((directory / "summary.json").read_text(encoding="utf-8"))
     kept = ("objective", "method", "steps", "seconds", "before", "after", "peak_memory_bytes")
     return {
         "name": stage.name,
@@ -154,7 +154,7 @@ def _judged(alignment: Alignment, say: Say) -> dict[str, Any]:
         raise TrainingError("judging the policies failed; its message is above")
     found = verdicts(judging)
     samples = side_by_side(judging, judging.settings.samples)
-    first = json.loads((judging.folder / f"{judging.policies[0].name}.json").read_text("utf-8"))
+    first = parse_json((judging.folder / f"{judging.policies[0].name}.json").read_text("utf-8"))
     return {
         "prompts": len(first["prompts"]),
         "verdicts": as_json(found),

@@ -18,6 +18,7 @@ from tunesmith.jobs.data_marks import data_hash
 from tunesmith.jobs.result import load_run
 from tunesmith.jobs.reward_runs import open_reward_run
 from tunesmith.jobs.run_directory import write_json
+from tunesmith.json_text import parse_json
 from tunesmith.measure.diversity import distinct, self_bleu
 from tunesmith.measure.intervals import bootstrap_interval, wilson_interval
 from tunesmith.rewards.build import build_reward
@@ -101,7 +102,7 @@ def _replies(judging: Judging, policy: Policy) -> dict[str, Any]:
         "data": data_hash(judging.settings.prompts),
     }
     if path.is_file():
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         made = known["made"]
         # Replies of before this was written down, and files that did not move along, say nothing.
         if None in {made.get("data"), wanted["data"]}:
@@ -116,7 +117,7 @@ def _replies(judging: Judging, policy: Policy) -> dict[str, Any]:
     }
     judging.folder.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
-    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    written: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     return written
 
 
@@ -178,7 +179,7 @@ class Verdict:
 def verdicts(judging: Judging) -> list[Verdict]:
     """Return what the files of a judgement say of each policy, in their order."""
     read = {
-        policy.name: json.loads((judging.folder / f"{policy.name}.json").read_text("utf-8"))
+        policy.name: parse_json((judging.folder / f"{policy.name}.json").read_text("utf-8"))
         for policy in judging.policies
     }
     return [
@@ -193,7 +194,8 @@ def verdict_of(
     """Return what a policy's file says of it, beside the rewards of those that it came from."""
     rewards, replies = found["rewards"], found["replies"]
     interval = bootstrap_interval(rewards)
-    divergences, gains, leads = found["divergences"], found.get("gains"), found.get("leads")
+    divergences = found["divergences"]
+    gains, leads = _floats(found.get("gains")), _floats(found.get("leads"))
     low, high = wilson_interval(sum(g > 0 for g in gains), len(gains)) if gains else (None, None)
     return Verdict(
         name=policy.name,
@@ -206,7 +208,7 @@ def verdict_of(
             name: bootstrap_interval(np.subtract(rewards, other).tolist())
             for name, other in others.items()
         },
-        kl=None if divergences is None else float(np.mean(divergences)),
+        kl=None if divergences is None else _number(float(np.mean(_floats(divergences)))),
         length=float(np.mean(found["lengths"])),
         ended=float(np.mean(found["ended"])),
         distinct_1=_number(distinct(replies, 1)),
@@ -234,7 +236,7 @@ def side_by_side(judging: Judging, count: int) -> list[dict[str, Any]]:
     """Return the first prompts with what each policy replied, checkpoints left out."""
     whole = [policy.name for policy in judging.policies if policy.step is None]
     read = {
-        name: json.loads((judging.folder / f"{name}.json").read_text("utf-8")) for name in whole
+        name: parse_json((judging.folder / f"{name}.json").read_text("utf-8")) for name in whole
     }
     prompts = read[whole[0]]["prompts"][:count]
     return [
@@ -254,5 +256,10 @@ def as_json(found: Sequence[Verdict]) -> list[dict[str, Any]]:
     return [asdict(verdict) for verdict in found]
 
 
+def _floats(values: Sequence[float | None] | None) -> list[float]:
+    """Return numbers of a file, NaN for those that were not finite; empty where there are none."""
+    return [math.nan if value is None else value for value in values or []]
+
+
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None

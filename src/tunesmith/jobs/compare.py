@@ -131,7 +131,7 @@ class _Stage:
         return run_trials(trials, at_once=self.comparison.jobs, done=done)
 
     def value(self, trial: Trial) -> float | None:
-        """Return the metric that decides, after training.
+        """Return the metric that decides, after training; NaN where it was not finite.
 
         Raises:
             SpecError: no run will ever measure it, so the first one ends the comparison.
@@ -140,12 +140,16 @@ class _Stage:
         if self.metric not in after and trial.features is None:
             known = ", ".join(after)
             raise SpecError(f"metric: {self.metric!r} is not measured; use one of {known}")
-        found = after.get(self.metric)
-        return None if found is None else float(found)
+        if self.metric not in after:
+            return None
+        found = after[self.metric]
+        return math.nan if found is None else float(found)
 
     def _value(self, trial: Trial) -> str:
         value = self.value(trial)
-        return "not measured" if value is None else f"{self.metric} {value:.4g}"
+        if value is None:
+            return "not measured"
+        return f"{self.metric} {value:.4g}" if math.isfinite(value) else f"{self.metric} not finite"
 
 
 def prepared(comparison: Comparison, variant: Variant, source: Path) -> Run:
@@ -278,7 +282,7 @@ def _search(stage: _Stage, contests: Sequence[_Contest]) -> None:
                 contest.rates[rate] = value
                 contest.errors[rate] = standard_error(trial.directory, stage.metric)
             elif not contest.rates:
-                found = "was not measured" if value is None else f"is {value} at every rate tried"
+                found = "was not measured" if value is None else "is not finite at any rate tried"
                 contest.failed = trial.why_failed() or f"{stage.metric} {found}"
         asked = {id(c): edge for c in contests if (edge := _beyond(c, stage.metric))}
     for contest in contests:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
     from tunesmith.jobs.run_directory import RunDirectory
 
+WITH_HEAD = {"classification", "token_classification", "reward"}
+"""Objectives whose head starts random, so that the base model by itself says nothing."""
 RESAMPLES = 1000
 ERROR_RESAMPLES = 50
 """For a standard error, which needs fewer than an interval's ends."""
@@ -67,14 +68,14 @@ def findings_of(name: str, metric: str, rows: Sequence[Row]) -> Findings:
 def _found(row: Row, metric: str) -> FoundRow:
     """Return a row's own numbers, without comparing it."""
     summaries = [run.read_json(run.summary) for run in row.runs]
-    values = [s["after"][metric] for s in summaries if s["after"].get(metric) is not None]
+    values = [s["after"][metric] for s in summaries if metric in s["after"]]
     rates = {f"{rate:.3g}": value for rate, value in sorted(row.rates.items())}
     start = FoundRow(row.name, learning_rate=row.learning_rate, rates=rates)
     if row.failed or not values:
         return replace(start, failed=row.failed or f"{metric} was not measured")
-    if diverged := [value for value in values if not math.isfinite(value)]:
-        many = f"{len(diverged)} of {len(values)} seeds"
-        return replace(start, failed=f"{metric} is {diverged[0]} after training, with {many}")
+    if diverged := values.count(None):
+        many = f"{diverged} of {len(values)} seeds"
+        return replace(start, failed=f"{metric} is not finite after training, with {many}")
     first = summaries[0]
     general = [s["general_loss"] for s in summaries if s.get("general_loss")]
     timed = row.timed.read_json(row.timed.summary) if row.timed else None
@@ -87,8 +88,8 @@ def _found(row: Row, metric: str) -> FoundRow:
         stored_bytes=first["result_bytes"],
         process_bytes=max(s["peak_process_bytes"] for s in summaries),
         device_bytes=max((s["peak_device_bytes"] or 0 for s in summaries), default=0) or None,
-        general_before=float(np.mean([g["before"] for g in general])) if general else None,
-        general_after=float(np.mean([g["after"] for g in general])) if general else None,
+        general_before=_mean([g["before"] for g in general]),
+        general_after=_mean([g["after"] for g in general]),
         prompt_tokens=_tokens_added(summaries),
         merges=first.get("merges"),
         steps=first["steps"],
@@ -98,8 +99,13 @@ def _found(row: Row, metric: str) -> FoundRow:
 
 def _tokens_added(summaries: Sequence[dict[str, Any]]) -> float | None:
     """Return what the examples of a row that prompts add to a prompt, mean over its seeds."""
-    added = [s["prompting"]["tokens_added"] for s in summaries if "prompting" in s]
-    return float(np.mean(added)) if added else None
+    return _mean([s["prompting"]["tokens_added"] for s in summaries if "prompting" in s])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where there is nothing, or one value was not finite."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
 
 
 def _timed(row: FoundRow, summary: dict[str, Any], *, steps: int) -> FoundRow:
@@ -155,7 +161,7 @@ def _untuned(rows: Sequence[Row], metric: str) -> list[FoundRow]:
         summary = row.runs[0].read_json(row.runs[0].summary)
         value = summary["before"].get(metric)
         if value is not None and summary.get("identity_at_start"):
-            title = "untuned" if summary["objective"] == "sft" else "untuned, random head"
+            title = "untuned, random head" if summary["objective"] in WITH_HEAD else "untuned"
             return [FoundRow(title, baseline=True, quality=value, values=[value])]
     return []
 

@@ -80,5 +80,7 @@ def _whole(of_rows: OfRows, found: Mapping[str, Any]) -> Measured:
             ),
             len(true),
         )
-    true_, said_ = np.asarray(found["true"]), np.asarray(found["predicted"])
+    # Numbers that were not finite are null in the file, and nan as floats.
+    dtype = np.float64 if found["kind"] == "numbers" else None
+    true_, said_ = np.asarray(found["true"], dtype), np.asarray(found["predicted"], dtype)
     return Measured(lambda chosen: of_rows(true_[chosen], said_[chosen]), len(true_))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
@@ -12,6 +11,7 @@ from typing import Any
 import platformdirs
 
 from tunesmith.jobs.run_directory import write_json
+from tunesmith.json_text import parse_json
 from tunesmith.report.findings import Findings, FoundRow
 
 
@@ -68,7 +68,7 @@ def known_evidence() -> list[Evidence]:
 
 def _read(texts: Iterator[str], *, here: bool) -> Iterator[Evidence]:
     for text in texts:
-        yield Evidence(findings_from(json.loads(text)), here)
+        yield Evidence(findings_from(parse_json(text)), here)
 
 
 def findings_from(content: dict[str, Any]) -> Findings:

@@ -8,9 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tunesmith.errors import AdapterError, ModelError, SetupError
-from tunesmith.jobs.run_directory import RunDirectory
-from tunesmith.methods.adapter_files import base_name, read_adapters
+import torch
+
+from tunesmith.errors import AdapterError, ModelError, SetupError, SpecError
+from tunesmith.jobs.base import base_name, load_base
+from tunesmith.jobs.run_directory import RunDirectory, open_finished
+from tunesmith.methods.adapter_files import base_name as made_on
+from tunesmith.methods.adapter_files import read_adapters
 from tunesmith.methods.inspection import (
     changed_share,
     delta_norms,
@@ -20,7 +24,8 @@ from tunesmith.methods.inspection import (
 )
 from tunesmith.methods.tuned import TunedModel
 from tunesmith.models.heads import Head
-from tunesmith.models.loading import load_model
+from tunesmith.models.loading import load_tokenizer
+from tunesmith.models.precision import DTYPES, best_dtype
 from tunesmith.models.settings import ModelSettings
 from tunesmith.models.skeleton import empty_on_cpu, skeleton
 
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from tunesmith.methods.contract import Attachment
     from tunesmith.types import JSON
 
+_CPU: Final = torch.device("cpu")
 NEAR_TOKENS: Final = {"prompt_tuning", "p_tuning"}
 """Methods whose inspection looks into the base's embeddings, so that its weights are loaded."""
 
@@ -97,6 +103,8 @@ class Inspection:
     """What was found in a directory."""
 
     path: str
+    starts_from: str | None
+    """The run or adapter that was merged into the base before this one was trained."""
     adapters: list[InspectedAdapter]
     missing_base: str | None
     """Why the base cannot be had, where it cannot."""
@@ -122,18 +130,20 @@ def inspect_result(path: str | Path, *, tokens: int = 3, base: str | None = None
     Raises:
         AdapterError: there is no adapter, or it is damaged or does not fit its base.
     """
-    run = RunDirectory(Path(path))
-    if run.spec.is_file() and not run.adapter.exists():
-        raise AdapterError(
-            f"{path} holds no adapter: it is not finished, or all of the model was trained"
-        )
-    directory = run.adapter if run.spec.is_file() else run.path
+    directory = Path(path)
+    if RunDirectory(directory).spec.is_file():
+        directory = RunDirectory(directory).adapter
+        if not directory.exists():
+            raise AdapterError(
+                f"{path} holds no adapter: it is not finished, or all of the model was trained"
+            )
+    run = _run_of(directory.absolute())
     saved = read_adapters(directory)
-    name = base or next(filter(None, map(base_name, saved)), "")
-    tuned = tokenizer = missing = None
+    settings = tuned = tokenizer = missing = None
     try:
-        model, tokenizer = _base(name, saved)
-    except (ModelError, SetupError) as error:
+        settings = _base_settings(run, saved) if base is None else ModelSettings(name=base)
+        model, tokenizer = _base(settings, saved)
+    except (ModelError, SetupError, SpecError) as error:
         missing = str(error)
     else:
         tuned = TunedModel(model)
@@ -143,20 +153,67 @@ def inspect_result(path: str | Path, *, tokens: int = 3, base: str | None = None
         attachment = None if tuned is None else _attachment(tuned, adapter)
         inside = None if attachment is None else _look(attachment, tokenizer, tokens)
         inspected.append(_inspected(adapter, inside))
-    return Inspection(str(path), inspected, missing, _findings(run))
+    starts_from = None if settings is None else settings.adapter
+    return Inspection(str(path), starts_from, inspected, missing, _findings(run))
+
+
+def _run_of(directory: Path) -> RunDirectory:
+    """Return the run whose adapter lies in `directory`; one without a run file where it is none."""
+    run = RunDirectory(directory.parent)
+    return run if run.adapter == directory else RunDirectory(directory)
+
+
+def _base_settings(run: RunDirectory, saved: list[SavedAdapter]) -> ModelSettings:
+    """Return what names the base, not quantised: the run's file, or what an adapter alone says.
+
+    Raises:
+        ModelError: nothing says it.
+        SpecError: the run's file means nothing.
+    """
+    if run.spec.is_file():
+        own = open_finished(run.path)[1].model
+        return own.model_copy(update={"quantize": "none", "products": "dtype"})
+    name = next(filter(None, map(made_on, saved)), "")
+    if not name:
+        raise ModelError("the adapter does not say on which base model it was made; give --base")
+    return ModelSettings(name=name)
 
 
 def _base(
-    name: str, saved: list[SavedAdapter]
+    settings: ModelSettings, saved: list[SavedAdapter]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast | None]:
-    """Return the base, and its tokenizer where its weights are needed."""
-    if not name:
-        raise ModelError("the adapter does not say on which base model it was made; give --base")
+    """Return the base, and its tokenizer where its weights are needed.
+
+    Raises:
+        ModelError: there is no such model.
+        SpecError: there is no adapter in `model.adapter`, or another one than there was.
+    """
+    if settings.adapter is not None:
+        _require_same_start(settings, saved)
     heads = [x.record.head for x in saved if x.record and x.record.head]
     head = Head(heads[0].kind, heads[0].labels) if heads else None
     if head is not None or any(_method(adapter) in NEAR_TOKENS for adapter in saved):
-        return load_model(name, head=head)
-    return empty_on_cpu(skeleton(ModelSettings(name=name)).eval()), None
+        dtype = DTYPES.get(settings.dtype) or best_dtype(_CPU)
+        model = load_base(settings, device=_CPU, dtype=dtype, head=head)
+        return model, load_tokenizer(settings, chats=head is None)
+    model = empty_on_cpu(skeleton(settings).eval())
+    model.config._name_or_path = model.name_or_path = base_name(settings)
+    return model, None
+
+
+def _require_same_start(settings: ModelSettings, saved: list[SavedAdapter]) -> None:
+    """Check that the adapter a run started from is still the one it was.
+
+    Raises:
+        SpecError: there is none, or another one.
+    """
+    now = base_name(settings)
+    for before in filter(None, map(made_on, saved)):
+        if Path(before).name != Path(now).name:
+            raise SpecError(
+                f"model.adapter: {settings.adapter} is not what the run started from, which was "
+                f"{before!r} and is {now!r} now"
+            )
 
 
 def _attachment(tuned: TunedModel, adapter: SavedAdapter) -> Attachment:
@@ -190,7 +247,7 @@ def _inspected(adapter: SavedAdapter, inside: Inside | None) -> InspectedAdapter
         directory=str(adapter.directory),
         name=_name(adapter),
         method=record.method.model_dump(mode="json") if record else dict(config or {}),
-        base=base_name(adapter),
+        base=made_on(adapter),
         parameters=sum(tensor.numel() for tensor in adapter.tensors.values()),
         bytes_on_disk=sum(path.stat().st_size for path in files),
         tensors=_groups(adapter),
@@ -223,7 +280,7 @@ _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 
 def _findings(run: RunDirectory) -> dict[str, JSON]:
     """Return what a run's summary says about its method."""
-    if not run.summary.is_file():
+    if not (run.spec.is_file() and run.summary.is_file()):
         return {}
     summary: dict[str, JSON] = run.read_json(run.summary)
     return {name: summary[name] for name in FINDINGS if name in summary}

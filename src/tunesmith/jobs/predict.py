@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -218,9 +217,10 @@ def _require_texts(asked: Sequence[Asked]) -> None:
 
 def _threshold(loaded: LoadedRun) -> float:
     """Return from which probability on a label is given: the best on the run's held-out rows."""
-    file = loaded.directory.summary
-    after = json.loads(file.read_text(encoding="utf-8"))["after"] if file.exists() else {}
-    return float(after.get("threshold", HALF))
+    directory = loaded.directory
+    after = directory.read_json(directory.summary)["after"] if directory.summary.exists() else {}
+    best: float | None = after.get("threshold")
+    return HALF if best is None else best
 
 
 def _outputs(loaded: LoadedRun, asked: Sequence[Asked]) -> list[NDArray[np.float32]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ import yaml
 
 from tunesmith.errors import CheckpointError, SpecError
 from tunesmith.jobs.moved import differences, where_it_is
+from tunesmith.json_text import parse_json, strict_json
 from tunesmith.spec import Run, load_run_file
 from tunesmith.yaml_text import dotted
 
@@ -92,9 +92,9 @@ class RunDirectory:
         write_text(self.spec, run.to_yaml())
 
     def read_json(self, path: Path) -> Any:
-        """Return what a JSON file of this run holds."""
+        """Return what a JSON file of this run holds; None is a number that was not finite."""
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: not there; did the run finish?") from None
 
@@ -123,8 +123,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write `content` as indented JSON, whole or not at all; what is not finite as null."""
+    write_text(path, strict_json(content, indent=2) + "\n")
 
 
 def check_free(run: Run, *, resume: bool, overwrite: bool) -> RunDirectory:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console as Terminal
 
-from tunesmith.engine.checkpoint import checkpoints, find_resumable, load_trainable, step_of
+from tunesmith.engine.checkpoint import find_resumable, load_trainable, step_of
 from tunesmith.engine.distribution import Peers, connect
 from tunesmith.engine.events import Evaluated, Event, Listener, Sampled
 from tunesmith.engine.listeners import Console, JsonlWriter
 from tunesmith.engine.loop import Outcome, fit
+from tunesmith.engine.snapshot import find_best
 from tunesmith.engine.task import Task, nothing_to_do
 from tunesmith.engine.trackers import Trackers
 from tunesmith.errors import SpecError
@@ -74,7 +75,7 @@ def train(
     """Train a run and return what came of it; every process of a distributed run calls this alike.
 
     The result is the model after the last step; where `train.early_stopping` stopped the run, the
-    best one.
+    best one whose checkpoint is whole.
 
     Args:
         run: what to do.
@@ -268,9 +269,13 @@ def _fit(
             start=start_of(assembled, peers),
         )
     finally:
-        for listener in listeners:
-            if isinstance(listener, Console | JsonlWriter | Trackers):
-                listener.close()
+        _close(listeners)
+
+
+def _close(listeners: Sequence[Listener]) -> None:
+    for listener in listeners:
+        if isinstance(listener, Console | JsonlWriter | Trackers):
+            listener.close()
 
 
 def fit_run(
@@ -324,10 +329,9 @@ def _finish(
 ) -> Result:
     directory, say = recorder.directory, ending.say
     after = outcome.metrics
-    if outcome.stopped_because == "early_stopping" and outcome.best is not None:
-        say(f"taking the best model, of step {outcome.best.step}")
-        newest = {step_of(path): path for path in checkpoints(directory.path)}
-        assembled.tuned.load_state_dict(load_trainable(newest[outcome.best.step]))
+    if (best := _best(outcome, recorder, peers)) is not None:
+        say(f"taking the model of step {step_of(best)}")
+        assembled.tuned.load_state_dict(load_trainable(best))
         after = recorder.examine()
     elif recorder.examiner.has_rows and not recorder.examined:
         # Resumed behind the last evaluation, whose rows the process before has taken along.
@@ -357,6 +361,17 @@ def _finish(
         say(f"report: {directory.report}")
     peers.any(False)  # nobody leaves while the main process still writes
     return Result(assembled.tuned, assembled.tokenizer, directory, outcome, summary)
+
+
+def _best(outcome: Outcome, recorder: Recorder, peers: Peers) -> Path | None:
+    """Return the checkpoint that is the result; None for the model as it is after the last step."""
+    if outcome.stopped_because != "early_stopping" or outcome.best is None:
+        return None
+    listeners = recorder.listeners if peers.is_main else ()
+    try:
+        return find_best(recorder.directory.path, outcome.best, listeners=listeners)
+    finally:
+        _close(listeners)
 
 
 def everything_trains(tuned: TunedModel) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import CheckpointError, DataError
+from tunesmith.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _read_json(path: Path, kind: type) -> Any:
     if not path.is_file():
         return kind()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error}); remove it to report without it") from error
     if not isinstance(content, kind):
@@ -86,7 +86,7 @@ def _read_events(path: Path) -> list[dict[str, Any]]:
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            event = json.loads(line)
+            event = parse_json(line)
         except ValueError:
             # A killed process leaves half a line; what was recorded before it still counts.
             continue
