@@ -64,7 +64,7 @@ class FromReplies(Objective):
     kl_stop: float | None = Field(default=None, gt=0)
     """Sample anew as soon as the policy is this far, in nats a token, from the one that wrote the
     rows to come; none takes all epochs."""
-    pretraining_weight: float = Field(default=0.1, gt=0)
+    pretraining_weight: float = Field(default=0.03, gt=0)
     """What a nat a token on the texts of data.pretraining costs beside the loss of the replies
     (gamma of Ouyang et al. 2022, arXiv:2203.02155, eq. 2: PPO-ptx); without such texts, nothing."""
     pretraining_rows: int = Field(default=16, ge=1)
