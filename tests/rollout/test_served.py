@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from reply_runs import events, run_of
 from tiny import tiny_llama, tiny_tokenizer
 from tunesmith import LoRA, attach
+from tunesmith.cli.plan_tables import phases_lines
 from tunesmith.engine.distribution import Peers
 from tunesmith.errors import DataError, SetupError, SpecError
 from tunesmith.jobs.plan import plan
@@ -252,4 +253,6 @@ def test_a_plan_counts_the_second_copy_and_its_cache(tmp_path: Path, base: Path)
     more = with_vllm.alone.beside - without.alone.beside
     assert more == with_vllm.alone.frozen + 2 * 2 * 64 * 4 * 12 * (64 + 128)
     assert with_vllm.alone.rollout == 0
-    assert any("vllm" in remark for remark in with_vllm.remarks)
+    said = " ".join(phases_lines(with_vllm))
+    assert "12 replies of 6 tokens at once to prompts of 58. decoding: vllm: its copy" in said
+    assert "keys and values, and" in " ".join(phases_lines(without))

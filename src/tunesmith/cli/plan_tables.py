@@ -82,11 +82,15 @@ def phases_lines(planned: Plan) -> list[str]:
     if writing is not None:
         phases = ", ".join(f"{name} {size(peak)}" for name, peak in memory.phases.items())
         lines.append(f"The most is that of the {memory.peaks_in}, on one device: {phases}.")
-        lines.append(
+        written = (
             f"The roll-out writes {writing.rows()} replies of {writing.reply} tokens at once to "
-            f"prompts of {writing.prompt}: {size(memory.cache)} are their keys and values, and "
-            f"{size(memory.rollout)} what it needs besides."
+            f"prompts of {writing.prompt}"
         )
+        needed = (
+            f": {size(memory.cache)} are their keys and values, and {size(memory.rollout)} what it "
+            "needs besides."
+        )
+        lines.append(written + (needed if memory.rollout else "."))  # vLLM's are in the remarks
     return [*lines, *planned.remarks]
 
 
