@@ -85,7 +85,8 @@ def beside_peers() -> str:
         jobs: dict[str, dict[str, Rate]] = {}
         for line in page:
             job, program, base, _, rate, memory, *_ = [*line.strip("| ").split(" | "), *[""] * 6]
-            if rate.replace(",", "").isdigit():
+            # A time is no rate, and which of two is better is the other way round.
+            if rate.replace(",", "").isdigit() and not job.startswith("seconds "):
                 # A job's rows of one program are in the order of their rates.
                 kind = "ours" if program == "tunesmith" else "theirs"
                 found = Rate(rate, memory, base if kind == "ours" else "")

@@ -21,7 +21,7 @@ PROFILES = RESULTS / "profiles"
 KINDS = {
     "matrix products": r"aten::(mm|addmm|_scaled_mm)$",
     "attention": r"aten::_(cudnn|flash|efficient)_attention_|aten::_scaled_dot_product",
-    "softmax and gradient of the loss": r"triton_.*argmax",
+    "softmax and gradient of the loss": r"triton_.*(argmax|_eq_)",
     "pointwise work, norms, casts": r"triton_|aten::(mul|add|copy_|sum|cat)$",
     "optimiser and clipping": r"aten::(_fused_adamw_|_foreach_)",
 }
