@@ -27,8 +27,9 @@ from tunesmith.jobs.served_policy import require_served
 from tunesmith.methods.tuned import TunedModel
 from tunesmith.rollout.draw import Drawing, row_seeds
 from tunesmith.rollout.sample import Reply, Stops
-from tunesmith.rollout.served import Policy, Served, cache_bytes, imported
+from tunesmith.rollout.served import Served, cache_bytes, imported
 
+Policies = dict[int, tuple[TunedModel, Path]]
 CPU = torch.device("cpu")
 CONTEXT, RANK = 48, 4
 PROMPTS = [[5, 9, 11], [7, 30, 31, 32, 40, 41, 8], [90], [12, 13, 14, 15, 16]]
@@ -58,23 +59,29 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(base: Path) -> Iterator[Served]:
-    served = Served(base, dtype=torch.float32, rank=RANK, context=CONTEXT, rows=4)
+    config = model_of_all().config
+    served = Served(base, config, dtype=torch.float32, rank=RANK, context=CONTEXT, rows=4)
     yield served
     served.close()
 
 
-def policy_of(seed: int) -> tuple[TunedModel, Policy]:
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Policies:
+    return {seed: policy_of(seed, tmp_path_factory.mktemp("policy") / "lora") for seed in (1, 2)}
+
+
+def policy_of(seed: int, folder: Path) -> tuple[TunedModel, Path]:
     """A LoRA that changes a lot, in the model and as it is handed over."""
     tuned = attach(model_of_all(), LoRA(rank=RANK))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in tuned.trainable().values():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    files = tuned.attachments[0].export_peft()
-    return tuned, Policy(files.config, files.tensors)
+    tuned.save(folder)
+    return tuned, folder
 
 
-def written(engine: Served, policy: Policy | None, **changes: Any) -> list[Reply]:
+def written(engine: Served, policy: Path | None, **changes: Any) -> list[Reply]:
     settings: dict[str, Any] = {
         "max_new_tokens": 12,
         "stops": Stops(),
@@ -92,9 +99,11 @@ def by_training(model: torch.nn.Module, prompt: list[int], reply: list[int]) -> 
 
 
 @needs_vllm
-def test_log_probabilities_are_those_of_the_model_that_trains(engine: Served) -> None:
+def test_log_probabilities_are_those_of_the_model_that_trains(
+    engine: Served, policies: Policies
+) -> None:
     for seed in (1, 2):  # the second takes the place of the first
-        tuned, policy = policy_of(seed)
+        tuned, policy = policies[seed]
         for prompt, reply in zip(PROMPTS, written(engine, policy), strict=True):
             found = torch.tensor(reply.log_probs)
             expected = by_training(tuned.model, prompt, reply.tokens)
@@ -104,8 +113,8 @@ def test_log_probabilities_are_those_of_the_model_that_trains(engine: Served) ->
 
 
 @needs_vllm
-def test_without_a_policy_the_base_writes(engine: Served) -> None:
-    tuned, _ = policy_of(1)
+def test_without_a_policy_the_base_writes(engine: Served, policies: Policies) -> None:
+    tuned, _ = policies[1]
     with tuned.disabled():
         for prompt, reply in zip(PROMPTS, written(engine, None), strict=True):
             expected = by_training(tuned.model, prompt, reply.tokens)
@@ -113,8 +122,8 @@ def test_without_a_policy_the_base_writes(engine: Served) -> None:
 
 
 @needs_vllm
-def test_a_reply_is_of_its_seed(engine: Served) -> None:
-    _, policy = policy_of(1)
+def test_a_reply_is_of_its_seed(engine: Served, policies: Policies) -> None:
+    _, policy = policies[1]
     seeds = row_seeds(3, range(len(PROMPTS)))
     one, same = (written(engine, policy, seeds=seeds) for _ in range(2))
     assert one == same
@@ -124,8 +133,8 @@ def test_a_reply_is_of_its_seed(engine: Served) -> None:
 
 
 @needs_vllm
-def test_tokens_come_as_often_as_the_model_says(engine: Served) -> None:
-    tuned, policy = policy_of(1)
+def test_tokens_come_as_often_as_the_model_says(engine: Served, policies: Policies) -> None:
+    tuned, policy = policies[1]
     with torch.no_grad():
         logits = tuned.model(input_ids=torch.tensor([[5, 9, 11]])).logits[0, -1]
     most = (logits / 0.5).topk(3)
@@ -145,8 +154,8 @@ def test_tokens_come_as_often_as_the_model_says(engine: Served) -> None:
 
 
 @needs_vllm
-def test_the_most_likely_tokens_are_those_of_the_model(engine: Served) -> None:
-    tuned, policy = policy_of(2)
+def test_the_most_likely_tokens_are_those_of_the_model(engine: Served, policies: Policies) -> None:
+    tuned, policy = policies[2]
     for prompt, reply in zip(PROMPTS, written(engine, policy, drawing=Drawing(0.0)), strict=True):
         with torch.no_grad():
             logits = tuned.model(input_ids=torch.tensor([prompt + reply.tokens])).logits[0]
@@ -154,8 +163,8 @@ def test_the_most_likely_tokens_are_those_of_the_model(engine: Served) -> None:
 
 
 @needs_vllm
-def test_tokens_and_texts_end_a_reply(engine: Served) -> None:
-    _, policy = policy_of(1)
+def test_tokens_and_texts_end_a_reply(engine: Served, policies: Policies) -> None:
+    _, policy = policies[1]
     whole = written(engine, policy)
     ending = whole[1].tokens[4]
     by_token = written(engine, policy, stops=Stops(frozenset({ending})))[1]
@@ -168,8 +177,8 @@ def test_tokens_and_texts_end_a_reply(engine: Served) -> None:
 
 
 @needs_vllm
-def test_a_reply_near_the_contexts_end_is_shorter(engine: Served) -> None:
-    _, policy = policy_of(1)
+def test_a_reply_near_the_contexts_end_is_shorter(engine: Served, policies: Policies) -> None:
+    _, policy = policies[1]
     long = [list(range(3, 3 + CONTEXT - 2)), [5, 9, 11]]
     settings: dict[str, Any] = {"stops": Stops(), "drawing": Drawing(), "max_new_tokens": 6}
     replies = engine.write(policy, long, [1, 2], **settings)

@@ -15,13 +15,11 @@ def models(
     from rich.console import Console
 
     from tunesmith.cli.tables import zoo_table
-    from tunesmith.models.zoo import cache_dir, is_cached, list_zoo, zoo_directory
+    from tunesmith.models.zoo import cache_dir, list_zoo, zoo_directories
 
     if names:
-        for name in names:
-            is_cached(name)  # a name that is not there is told before anything is downloaded
-        for name in names:
-            print(f"{name}: {zoo_directory(name)}")
+        for name, directory in zoo_directories(names):
+            print(f"{name}: {directory}")
         return
     Console().print(zoo_table(list_zoo()))
     print(f"cache: {cache_dir()} (TUNESMITH_CACHE overrides)")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary, finalize
 
@@ -15,7 +18,7 @@ from tunesmith.jobs.roles import POLICY
 from tunesmith.methods import LoRA
 from tunesmith.models.context import context_length
 from tunesmith.models.loading import locate
-from tunesmith.rollout.served import Policy, Served
+from tunesmith.rollout.served import Served
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,14 +58,15 @@ def served_replies(  # noqa: PLR0917 - who writes, what to, and how
         if engine is None:
             engine = _ENGINES[tuned] = _started(assembled, peers)
             finalize(tuned, engine.close)
-        return engine.write(
-            _policy(tuned),
-            prompts,
-            seeds,
-            max_new_tokens=settings.max_new_tokens,
-            stops=stops,
-            drawing=drawing,
-        )
+        with _policy(tuned) as policy:
+            return engine.write(
+                policy,
+                prompts,
+                seeds,
+                max_new_tokens=settings.max_new_tokens,
+                stops=stops,
+                drawing=drawing,
+            )
 
 
 def require_served(run: Run, peers: Peers) -> None:
@@ -100,6 +104,7 @@ def _started(assembled: Assembled, peers: Peers) -> Served:
     assert writing is not None  # noqa: S101 - nobody else asks for replies
     return Served(
         directory,
+        tuned.model.config,
         dtype=assembled.autocast_dtype or tuned.model.dtype,
         rank=method.rank,
         context=writing.prompt + writing.reply,
@@ -123,10 +128,14 @@ def _require_same_vocabulary(directory: Path, assembled: Assembled) -> None:
         )
 
 
-def _policy(tuned: TunedModel) -> Policy | None:
-    """Return the run's adapter, or None where it is off."""
+@contextmanager
+def _policy(tuned: TunedModel) -> Iterator[Path | None]:
+    """Give the directory of the run's adapter inside a `with` block, or None where it is off."""
     (part,) = (part for part in tuned.parts if part.name == POLICY)
     if not part.attachment.enabled:
-        return None
-    files = part.attachment.export_peft()
-    return Policy(files.config, files.tensors)
+        yield None
+        return
+    with TemporaryDirectory(prefix="tunesmith-policy-") as folder:
+        directory = Path(folder) / POLICY
+        tuned.save(directory, POLICY)
+        yield directory

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -170,14 +170,15 @@ def zoo_dataset(name: str) -> Path:
     return _ensure(DATASETS[name])
 
 
-def zoo_directory(name: str) -> Path:
-    """Return the directory of a zoo model or data set, fetching and converting it the first time.
+def zoo_directories(names: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Yield each zoo name with its directory, fetching and converting it the first time.
 
     Raises:
-        ModelError: the zoo has nothing of this name.
+        ModelError: the zoo has nothing of one of these names; then nothing is fetched.
         SetupError: it is not cached and cannot be fetched.
     """
-    return _ensure(_entry(name))
+    for entry in [_entry(name) for name in names]:
+        yield entry.name, _ensure(entry)
 
 
 def near(name: str, known: dict[str, ZooEntry]) -> str:

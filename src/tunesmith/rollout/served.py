@@ -7,15 +7,9 @@ waiting for each other. It has the base's weights a second time.
 
 from __future__ import annotations
 
-import json
 import os
 from itertools import count
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-import torch
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any, Final
 
 from tunesmith.errors import ModelError, SetupError
 from tunesmith.models.gguf import first_line
@@ -23,9 +17,10 @@ from tunesmith.rollout.generate import require_room
 from tunesmith.rollout.sample import Reply
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
-    from torch import Tensor
+    import torch
     from transformers import PretrainedConfig
 
     from tunesmith.rollout.draw import Drawing
@@ -46,18 +41,12 @@ _LEAST: Final = 0.01
 """Share of the device that vLLM asks to be free; what it takes is said in bytes."""
 
 
-class Policy(NamedTuple):
-    """The LoRA that writes, in PEFT's layout."""
-
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-
-
 class Served:
     """vLLM over a model's files.
 
     Args:
         directory: of the base: config and weights as transformers keeps them.
+        config: of the base.
         dtype: of the base there.
         rank: of the LoRAs to come.
         context: the most tokens of a prompt and its reply.
@@ -72,6 +61,7 @@ class Served:
     def __init__(
         self,
         directory: Path,
+        config: PretrainedConfig,
         *,
         dtype: torch.dtype,
         rank: int,
@@ -80,13 +70,8 @@ class Served:
         trusts: bool = False,
     ) -> None:
         vllm = imported()
-        from transformers import AutoConfig
-
         self._context = context
         self._numbers = count(1)
-        config = AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=trusts
-        )
         try:
             self._engine = vllm.LLM(
                 model=str(directory),
@@ -113,7 +98,7 @@ class Served:
 
     def write(
         self,
-        policy: Policy | None,
+        policy: Path | None,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         *,
@@ -127,7 +112,7 @@ class Served:
         written, so that they save no time here.
 
         Args:
-            policy: what writes; None is the base.
+            policy: directory of the LoRA that writes, in PEFT's layout; None is the base.
             prompts: token ids, at least one each.
             seeds: one a prompt, any 64 bits.
             max_new_tokens: longest reply; shorter where the context ends before.
@@ -142,20 +127,19 @@ class Served:
             return []
         for index, prompt in enumerate(prompts):
             require_room(prompt, self._context, name=f"prompt {index}")
-        with TemporaryDirectory(prefix="tunesmith-policy-") as folder:
-            found = self._generated(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                [
-                    _asked(
-                        drawing,
-                        seed=seed,
-                        room=min(max_new_tokens, self._context - len(prompt)),
-                        stops=stops,
-                    )
-                    for prompt, seed in zip(prompts, seeds, strict=True)
-                ],
-                self._handed_over(policy, Path(folder)) if policy is not None else None,
-            )
+        found = self._generated(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            [
+                _asked(
+                    drawing,
+                    seed=seed,
+                    room=min(max_new_tokens, self._context - len(prompt)),
+                    stops=stops,
+                )
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ],
+            self._named(policy) if policy is not None else None,
+        )
         return [_reply(output.outputs[0], stops) for output in found]
 
     def _generated(self, prompts: list[Any], asked: list[Any], policy: Any) -> Any:
@@ -167,15 +151,12 @@ class Served:
                 "linear maps of attention and MLP only, or use decoding: auto"
             ) from error
 
-    def _handed_over(self, policy: Policy, folder: Path) -> Any:
+    def _named(self, policy: Path) -> Any:
         """Return `policy` as vLLM asks for it, under a name that it has not seen."""
         from vllm.lora.request import LoRARequest
 
-        tensors = {name: value.detach().contiguous() for name, value in policy.tensors.items()}
-        save_file(tensors, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(json.dumps(policy.config), encoding="utf-8")
         number = next(self._numbers)
-        return LoRARequest(f"policy-{number}", number, str(folder))
+        return LoRARequest(f"policy-{number}", number, str(policy))
 
     def close(self) -> None:
         """Give back what the engine holds."""
