@@ -1,6 +1,6 @@
 """The demonstrations of alignment: runs each by its one command and writes what came out.
 
-    python bench/alignment.py [--only reward dpo ppo grpo rlhf] [SETTING=VALUE ...]
+    python bench/alignment.py [--only reward dpo ppo grpo rlhf distillation] [SETTING=VALUE ...]
     python bench/alignment.py --collect DIRECTORY ...
 
 A setting goes to every run. A demonstration that is finished is not run again. With --collect
@@ -54,6 +54,7 @@ DEMONSTRATIONS = (
     Demonstration("ppo", "ppo-sentiment-cpu", "align"),
     Demonstration("grpo", "grpo-arithmetic", "train"),
     Demonstration("rlhf", "rlhf-politeness", "align"),
+    Demonstration("distillation", "distillation", "align"),
 )
 
 

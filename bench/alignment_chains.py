@@ -18,7 +18,8 @@ from alignment_words import (
 from tunesmith.report.alignment import sentences
 
 MOST_TELLING = {
-    "sft": ("loss", "perplexity"),
+    "sft": ("loss", "token_accuracy", "perplexity"),
+    "distillation": ("divergence",),
     "reward": ("accuracy", "length_only_accuracy", "calibration_error"),
     "classification": ("accuracy",),
     "dpo": ("loss", "reward_accuracy", "signed_reward"),
@@ -63,6 +64,7 @@ def preferences(found: Found, one: Found) -> str:
         f"{command(one, one['stages']['sft'])} All on {one['prompts']} rows that nothing was "
         "trained on. A policy prefers a reply whose log-probability rose more since its stage "
         "began; the next two columns tell the pairs apart."
+        + side_by_side(found, list(one["stages"].values()))
     )
     return f"{table(head, rows)}\n\n{how}"
 

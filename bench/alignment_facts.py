@@ -59,7 +59,8 @@ def changed(directory: Path, example: Path) -> list[str]:
     file = directory / ("align.yaml" if chain else "run.yaml")
     own = yaml.safe_load(file.read_text(encoding="utf-8"))
     asked = load_alignment(example) if chain else load_run_file(example).resolved()
-    theirs = flat(yaml.safe_load(asked.to_yaml()))
+    example_of = yaml.safe_load(asked.to_yaml())
+    theirs = flat(example_of)
     place = Path(theirs["output"]).absolute()
     move = Move.between(place, Path(own.get("output", place)).absolute())
     return [
@@ -67,7 +68,19 @@ def changed(directory: Path, example: Path) -> list[str]:
         for key, value in flat(own).items()
         if value not in (theirs.get(key), move.of(theirs.get(key)))
         and key not in {"name", "output"}
-    ]
+    ] + emptied(own, example_of)
+
+
+def emptied(own: Any, theirs: Any, key: str = "") -> list[str]:
+    """Return the lists of `theirs` that `own` has nothing in, as typed."""
+    if isinstance(theirs, list) and theirs and not own:
+        return [f"{key}=[]"]
+    found = []
+    if isinstance(theirs, dict | list):
+        for name, inner in theirs.items() if isinstance(theirs, dict) else enumerate(theirs):
+            mine = dict(own.items() if isinstance(own, dict) else enumerate(own or [])).get(name)
+            found += emptied(mine, inner, f"{key}.{name}" if key else str(name))
+    return found
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
@@ -170,8 +183,16 @@ def run_facts(directory: Path) -> dict[str, Any]:
             cut(sample)
             for sample in (record.samples if summary else last_samples(record))[:SAMPLES]
         ],
+        **of_pairs(directory / "outcomes.json"),
         **of_prompts(directory / "outcomes.json", own, run, record),
     }
+
+
+def of_pairs(path: Path) -> dict[str, int]:
+    """Return of how many held-out pairs the better one was looked for, where there are pairs."""
+    outcomes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    right = outcomes.get("reward_accuracy")
+    return {} if right is None else {"held_out_pairs": len(right)}
 
 
 def of_prompts(

@@ -1,5 +1,6 @@
 """Curves of the demonstrations of alignment, out of alignment.json."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ FAR = 30.0
 OVER = "over-optimisation.svg"
 PPO_REWARD, PPO_KL, GRPO_REWARD = "ppo-reward.svg", "ppo-kl.svg", "grpo-reward.svg"
 SIZE = (5.8, 3.4)
+SEED = re.compile(r"^ppo-\d+, ")
+"""How the name of a seed's run begins."""
 
 
 def pictures(found: Found) -> dict[str, str]:
@@ -54,7 +57,7 @@ def pictures(found: Found) -> dict[str, str]:
 def of_objective(found: Found, file: str, objective: str) -> dict[str, Found]:
     """Return the runs with an objective of a demonstration and its variants, by a short name."""
     runs = {}
-    for name, one in found.items():
+    for name, one in sorted(found.items(), key=lambda item: item[0] != file):
         if one["file"] == file:
             variant = name.removeprefix(file).removeprefix("-")
             for stage, run in one.get("stages", {"": one}).items():
@@ -97,12 +100,21 @@ def evaluated(run: Found, key: str) -> list[tuple[float, float]]:
 
 
 def lines(title: str, courses: Mapping[str, Points], dots: Mapping[str, Points], *, y: str) -> str:
-    """Return roll-outs as lines with the evaluations as dots on top, as SVG."""
+    """Return roll-outs as lines with the evaluations as dots on top, as SVG.
+
+    Seeds of the same settings share a colour.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in courses:
+        groups.setdefault(SEED.sub("", name), []).append(name)
 
     def plot(axes: "Axes") -> None:
-        for colour, (name, course) in zip(PALETTE, courses.items(), strict=False):
-            axes.plot(*columns(course), color=colour, lw=1.4, label=name)
-            axes.plot(*columns(dots[name]), "o", color=colour, ms=5)
+        for colour, (group, names) in zip(PALETTE, groups.items(), strict=False):
+            label = f"{group}, {len(names)} seeds" if len(names) > 1 else group
+            for name in names:
+                axes.plot(*columns(courses[name]), color=colour, lw=1.4, label=label)
+                axes.plot(*columns(dots[name]), "o", color=colour, ms=5)
+                label = "_"  # no second line of the legend
         axes.legend(frameon=False, labelcolor=TEXT, fontsize=8, loc="lower right")
 
     chart: Chart = drawn(title, title, plot, x="step (dots: held-out prompts)", y=y, size=SIZE)

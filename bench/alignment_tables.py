@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable
 
 from alignment_chains import findings, judge_alone, policies, preferences, replies, stages
-from alignment_pairs import more_pairs
+from alignment_pairs import best_of_pairs, more_pairs
 from alignment_pictures import GRPO_REWARD, JUDGE, OVER, PPO_KL, PPO_REWARD, judge, of_objective
 from alignment_words import (
     MISSING,
@@ -45,12 +45,18 @@ def tables(found: Found) -> dict[str, str]:
         "rlhf-findings": ("rlhf-politeness", findings),
         "rlhf-picture": ("rlhf-politeness", over_optimisation),
         "rlhf-samples": ("rlhf-politeness", replies),
+        "distilled": ("distillation", lambda one: stages(found, one)),
     }
     made = {
         slot: make(one) if (one := furthest(found, file)) else MISSING
         for slot, (file, make) in makers.items()
     }
-    return made | {"rewards": rewards(found), "more-pairs": more_pairs(found)}
+    longer = found.get("polite-preferences-long")
+    return made | {
+        "rewards": rewards(found),
+        "more-pairs": more_pairs(found),
+        "preferences-long": preferences(found, longer) if longer else MISSING,
+    }
 
 
 def furthest(found: Found, file: str) -> Found | None:
@@ -64,9 +70,10 @@ def page(found: Found) -> str:
     made = tables(found)
     parts = [
         ("Reward models", ["rewards"]),
-        ("Preference losses", ["preferences", "judge-alone", "more-pairs"]),
+        ("Preference losses", ["preferences", "judge-alone", "preferences-long", "more-pairs"]),
         ("PPO", ["ppo", "ppo-samples"]),
         ("GRPO", ["grpo"]),
+        ("Distillation", ["distilled"]),
         ("The whole chain", ["rlhf-stages", "rlhf-policies", "rlhf-findings", "rlhf-samples"]),
     ]
     lines = ["# Alignment, measured", "", "Written by bench/alignment.py from the runs themselves."]
@@ -289,7 +296,7 @@ def preference_lines(found: Found) -> list[str]:
             ends = (verdict["prefers_low"], verdict["prefers_high"])
             prefers = f"prefers {percent(verdict['prefers'], ends)} of held-out better replies; "
         lines.append(f"- {verdict['name']}: {prefers}{polite}")
-    return lines
+    return lines + best_of_pairs(found)
 
 
 def grpo_lines(found: Found) -> list[str]:

@@ -184,3 +184,24 @@ def test_runs_at_the_same_time_on_one_device_are_told(bench: Any, tmp_path: Path
     ]
     found = {str(number): run for number, run in enumerate(runs)}
     assert [words.beside(found, run) for run in runs] == [1, 1, 0, 0]
+
+
+def test_what_a_chain_leaves_out_of_its_example_is_said(bench: Any, tmp_path: Path) -> None:
+    example = ROOT / "examples" / "ppo-sentiment.yaml"
+    asked = yaml.safe_load(
+        importlib.import_module("alignment_facts").load_alignment(example).to_yaml()
+    )
+    del asked["stages"][2]["run"]["data"]["pretraining"]
+    asked["stages"][3]["run"]["train"]["max_steps"] = 7
+    (tmp_path / "align.yaml").write_text(yaml.safe_dump(asked), encoding="utf-8")
+    assert bench.changed(tmp_path, example) == [
+        "stages.3.run.train.max_steps=7",
+        "stages.2.run.data.pretraining=[]",
+    ]
+
+
+def test_seeds_of_the_same_settings_are_one_line_of_the_legend(bench: Any) -> None:
+    pictures = importlib.import_module("alignment_pictures")
+    courses = {f"ppo-{seed}, {kind}": [(0, 0.1), (1, 0.2)] for kind in "ab" for seed in range(6)}
+    svg = pictures.lines("title", courses, courses, y="y")
+    assert svg.count("a, 6 seeds") == svg.count("b, 6 seeds") == 1
