@@ -25,6 +25,7 @@ README = HERE.parent / "README.md"
 PERFORMANCE = HERE.parent / "docs" / "performance.md"
 ALIGNMENT = PERFORMANCE.with_name("alignment.md")
 CLASSIFICATION = PERFORMANCE.with_name("classification.md")
+QUANTISED = PERFORMANCE.with_name("quantised.md")
 
 
 def main() -> None:
@@ -45,6 +46,9 @@ def main() -> None:
     ALIGNMENT.write_text(filled(page, "roles", roles(result("roles"))), encoding="utf-8")
     page = CLASSIFICATION.read_text(encoding="utf-8")
     CLASSIFICATION.write_text(filled(page, "ladder", ladders()), encoding="utf-8")
+    page = QUANTISED.read_text(encoding="utf-8")
+    found = result("quantize_quality")
+    QUANTISED.write_text(filled(page, "quality", bases(found)), encoding="utf-8")
 
 
 def filled(text: str, name: str, content: str) -> str:
@@ -152,6 +156,36 @@ def roles(found: dict[str, Any]) -> str:
         "`python bench/roles_memory.py`, SmolLM2-135M's shape, LoRA of rank "
         f"{found['method']['rank']}, `value: adapter`: what a process holds of a PPO run before "
         "its first step, without activations and the optimiser's state of the adapters."
+    )
+    return "\n".join([*lines, "", where])
+
+
+def bases(found: dict[str, Any]) -> str:
+    """Return the table of quantize_quality.py."""
+    runs = found["runs"]
+    head = (
+        *("base", "loss before", f"after {found['steps']} steps", "over bf16 before"),
+        *("over bf16 after, mean of seeds", "smallest and largest of a seed"),
+    )
+    plain = next(run["before"] for run in runs if run["base"] == "bf16")
+    rows = []
+    for base, own in found["differences"].items():
+        before = next(run["before"] for run in runs if run["base"] == base)
+        after = [f"{own[key]:+.2%}" for key in ("relative", "smallest", "largest")]
+        rows.append(
+            (
+                *(f"`{base}`", f"{before:.3f}", f"{own['loss']:.3f}"),
+                *(f"{before / plain - 1:+.2%}", after[0], " to ".join(after[1:])),
+            )
+        )
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    seeds = len({run["seed"] for run in runs})
+    device = found["hardware"]["cuda_devices"][0]
+    where = (
+        f"`python bench/quantize_quality.py` on one {device}: SmolLM2-135M-Instruct, LoRA of rank "
+        f"16 on all linear maps, English dialogues, held-out loss of {seeds} seeds; differences "
+        "are those to the same seed's run on the bf16 base. The curves are in "
+        "`bench/results/quantize_quality.json`."
     )
     return "\n".join([*lines, "", where])
 
