@@ -41,7 +41,7 @@ def variants(found: Found) -> dict[str, Found]:
 
 
 def best_of_pairs(found: Found) -> list[str]:
-    """Return a line about the variant that ranks most of the pairs right, with how many there are."""
+    """Return a line about the variant that ranks most of the pairs right."""
     runs = variants(found)
     if not runs:
         return []
