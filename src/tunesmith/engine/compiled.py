@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 
 from tunesmith.models.zoo import cache_dir
+from tunesmith.ops.compile_workers import start_compile_workers
 from tunesmith.ops.torch_errors import is_of_compiler, memory_error_in
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class CompiledCall:
         self._backend = backend or BACKEND
         self._dynamic = False
         self._mark: Mark | None = None
+        if self._backend == "inductor":
+            start_compile_workers()
         self._call = self._compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

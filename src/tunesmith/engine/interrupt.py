@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
+
+MOMENT: Final = 0.2
+"""Seconds in which signals are one wish: `timeout` tells its process, then the whole group."""
 
 
 class Interrupt:
     """Inside `with Interrupt() as interrupt`, the first SIGINT or SIGTERM only sets `requested`.
 
-    It also puts the old handlers back, so a second signal does what it always did: it ends the
-    process. Outside the main thread, where Python takes no signals, it does nothing.
+    It also puts the old handlers back after a moment, so a second signal does what it always did:
+    it ends the process. Outside the main thread, where Python takes no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -35,7 +39,10 @@ class Interrupt:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         del number, frame
+        if self.requested:
+            return  # while the first one waits below
         self.requested = True
+        time.sleep(MOMENT)
         self._put_back()
 
     def _put_back(self) -> None:

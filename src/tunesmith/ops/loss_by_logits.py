@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.ops.chunked_head import exact_dtype, simulating
+from tunesmith.ops.compile_workers import start_compile_workers
 from tunesmith.ops.torch_errors import is_of_compiler, memory_error_in
 
 _PLAIN: Final[ContextVar[bool]] = ContextVar("plain", default=False)
@@ -90,6 +91,7 @@ def _in_place(raw: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled() -> Callable[..., Any]:
+    start_compile_workers()
     return torch.compile(_in_place, fullgraph=True)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from tunesmith.models.sites import decoder_blocks
+from tunesmith.ops.compile_workers import start_compile_workers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +25,12 @@ BACKEND = "inductor"
 """PyTorch's compiler; `eager` captures graphs and runs them as they are."""
 
 
+def _graph_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    if BACKEND == "inductor":
+        start_compile_workers()
+    return torch.compile(function, fullgraph=True, backend=BACKEND)
+
+
 class _DecodingBlock:
     """What is called in the place of one block: it sees its own layer of the cache alone.
 
@@ -32,7 +39,7 @@ class _DecodingBlock:
 
     def __init__(self, block: nn.Module, cache: Cache, layer: object) -> None:
         self._block, self._cache, self._layer = block, cache, layer
-        self._call = torch.compile(_whole, fullgraph=True, backend=BACKEND)
+        self._call = _graph_of(_whole)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block."""
@@ -51,7 +58,7 @@ class CompiledDrawing:
 
     def __init__(self, drawing: Drawing) -> None:
         self._drawing = drawing
-        self._call = torch.compile(_draw, fullgraph=True, backend=BACKEND)
+        self._call = _graph_of(_draw)
 
     def __call__(self, logits: Tensor, seeds: Tensor, step: Tensor) -> Drawn:
         """Draw a token for each row, see `Drawing`."""
