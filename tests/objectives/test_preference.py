@@ -201,7 +201,7 @@ def test_the_run_file_says_loss_and_is_read_back() -> None:
 def test_bradley_terry_with_margin_centring_and_rankings_is_its_formula() -> None:
     rewards = torch.tensor([0.5, -0.2, 1.0, 1.5, 0.3, 0.1, -2.0], requires_grad=True)
     batch = padded(PAIRS)
-    terms = Reward(margin=0.5, centering=0.01).loss_of_pairs(rewards, batch)
+    terms = Reward(margin=0.5, centering=0.01).loss_of(rewards, batch)
     r = rewards.tolist()
 
     def loss(w: int, l: int, m: float) -> float:  # noqa: E741

@@ -14,20 +14,22 @@ from tunesmith.engine.events import Listener, Sampled
 from tunesmith.errors import DataError, SpecError
 from tunesmith.jobs.batches import interleave
 from tunesmith.jobs.examine_preferences import measured_by_row
+from tunesmith.jobs.row_sums import ratios
 from tunesmith.measure.choices import choose
 from tunesmith.measure.text import bleu, exact_match, rouge_l
 from tunesmith.models.modes import autocasting
-from tunesmith.objectives import SFT, Preference
+from tunesmith.objectives import SFT, Distillation, Preference
 from tunesmith.objectives.preference import KL
 from tunesmith.rollout.generate import generate
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tunesmith.data.pairs import PairRow
     from tunesmith.data.rows import Prompt, TokenRow
     from tunesmith.engine.distribution import Peers
     from tunesmith.engine.settings import EvaluationSettings
     from tunesmith.jobs.assemble import Assembled, Program
-    from tunesmith.objectives.sft import SampleLosses
     from tunesmith.types import JSON, Batch, Collate, LossTerms
 
 SCORES = {"bleu": bleu, "rouge_l": rouge_l, "exact_match": exact_match}
@@ -47,25 +49,36 @@ class Reply:
 
 
 class NotingLosses(nn.Module):
-    """A program of `sft` that also notes what each sample adds to the loss."""
+    """A program of `sft` or `distillation` that also notes what each sample adds to the means."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
-        self._noted: list[SampleLosses] = []
+        self._noted: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def forward(self, batch: Batch) -> LossTerms:
         """Return the summed loss of `batch`."""
-        objective = self.program.objective
+        program, objective = self.program, self.program.objective
+        if isinstance(objective, Distillation):
+            complete = program._complete
+            whole = batch if complete is None else complete(batch)
+            terms, found = objective.loss_by_sample(program.model, whole)
+            sums = {"loss": found.nats, "divergence": found.divergence}
+            self._noted.append((found.tokens, sums))
+            return terms
         assert isinstance(objective, SFT)  # noqa: S101 - made for no other
-        terms, losses = objective.loss_by_sample(self.program.model, batch)
-        self._noted.append(losses)
+        terms, losses = objective.loss_by_sample(program.model, batch)
+        self._noted.append((losses.tokens, {"loss": losses.nats}))
         return terms
 
-    def batches(self) -> list[list[tuple[float, int]]]:
-        """Return nats and supervised tokens of each sample, batch by batch."""
+    def batches(self) -> list[dict[str, list[tuple[float, int]]]]:
+        """Return by metric the sum and the supervised tokens of each sample, batch by batch."""
         return [
-            list(zip(nats.tolist(), tokens.tolist(), strict=True)) for nats, tokens in self._noted
+            {
+                name: list(zip(each.tolist(), tokens.tolist(), strict=True))
+                for name, each in sums.items()
+            }
+            for tokens, sums in self._noted
         ]
 
 
@@ -121,11 +134,12 @@ class Examiner:
         return metrics
 
     def _losses(self, rows: Sequence[TokenRow]) -> dict[str, float]:
-        """Return the loss and the objective's metrics; keep what each row adds to the loss."""
+        """Return the loss and the objective's metrics; keep what each row adds to them."""
         program = self.assembled.program
         if isinstance(program.objective, Preference):
             return self._preferences(program.objective, cast("Sequence[PairRow]", rows))
-        noting = NotingLosses(program) if isinstance(program.objective, SFT) else None
+        by_token = isinstance(program.objective, SFT | Distillation)
+        noting = NotingLosses(program) if by_token else None
         metrics = mean_loss(
             noting or program,
             rows,
@@ -136,10 +150,9 @@ class Examiner:
         )
         if noting is not None:
             batches = interleave(self.peers.gather(noting.batches()))
-            self.outcomes["loss"] = {
-                "totals": [nats for batch in batches for nats, _ in batch],
-                "counts": [tokens for batch in batches for _, tokens in batch],
-            }
+            for name in dict.fromkeys(name for batch in batches for name in batch):
+                samples = [sample for batch in batches for sample in batch[name]]
+                self.outcomes[name] = ratios(*zip(*samples, strict=True))
         return metrics
 
     def _preferences(self, objective: Preference, rows: Sequence[PairRow]) -> dict[str, float]:

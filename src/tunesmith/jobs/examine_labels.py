@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from tunesmith.jobs.examine import Examiner, Reply, chosen, judged_rows, shown
 from tunesmith.jobs.examine_heads import HeadExaminer
 from tunesmith.jobs.examine_rewards import RewardExaminer
 from tunesmith.jobs.labelled import classifies
+from tunesmith.jobs.row_sums import ratios
 from tunesmith.measure import classification as measure
 from tunesmith.measure.classification import sigmoid, softmax
 from tunesmith.measure.entities import count_entities, marks_entities, total
@@ -92,11 +93,6 @@ def _predictions(
     }
 
 
-def _ratios(totals: Iterable[float], counts: Iterable[float]) -> JSON:
-    """Return what is kept for a metric that is a ratio of sums over rows."""
-    return {"totals": list(map(float, totals)), "counts": list(map(float, counts))}
-
-
 def _intervals(
     metrics: Mapping[str, Callable[[Any, Any], float]],
     true: NDArray[Any],
@@ -137,7 +133,7 @@ class LabelExaminer(HeadExaminer):
         settings, data = self.assembled.run.evaluation, self.assembled.data
         judged = self.judge(judged_rows(data.evaluation, settings))
         measured = self._measured(judged, chosen(list(data.examples), settings))
-        self.outcomes["loss"] = _ratios(*zip(*judged.losses, strict=True))
+        self.outcomes["loss"] = ratios(*zip(*judged.losses, strict=True))
         return {"loss": judged.loss} | measured
 
     def judge(self, rows: Sequence[TokenRow]) -> Judged:
@@ -199,7 +195,7 @@ class LabelExaminer(HeadExaminer):
         said = [logits.argmax(axis=1) for logits in judged.logits]
         right = [int((one == other).sum()) for one, other in zip(said, judged.targets, strict=True)]
         self.outcomes = {
-            "accuracy": _ratios(right, map(len, said)),
+            "accuracy": ratios(right, map(len, said)),
             "predictions": {
                 "kind": "words",
                 "true": [row.tolist() for row in judged.targets],
@@ -224,15 +220,13 @@ class LabelExaminer(HeadExaminer):
             count_entities([labels[i] for i in one], [labels[i] for i in other])
             for one, other in zip(true, predicted, strict=True)
         ]
-        self.outcomes["entity_f1"] = _ratios(
+        self.outcomes["entity_f1"] = ratios(
             (2 * c.right for c in counts), (c.predicted + c.true for c in counts)
         )
-        self.outcomes["entity_precision"] = _ratios(
+        self.outcomes["entity_precision"] = ratios(
             (c.right for c in counts), (c.predicted for c in counts)
         )
-        self.outcomes["entity_recall"] = _ratios(
-            (c.right for c in counts), (c.true for c in counts)
-        )
+        self.outcomes["entity_recall"] = ratios((c.right for c in counts), (c.true for c in counts))
         whole = total(counts)
         return {
             "entity_f1": whole.f1,
@@ -247,7 +241,7 @@ class LabelExaminer(HeadExaminer):
         best = measure.best_threshold(true, probability)
         self.outcomes = {
             "exact_match": (true == given).all(axis=1).astype(float).tolist(),
-            "micro_f1": _ratios(
+            "micro_f1": ratios(
                 2 * (true & given).sum(axis=1), true.sum(axis=1) + given.sum(axis=1)
             ),
             **_predictions("sets", true, given),

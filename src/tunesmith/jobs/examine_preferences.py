@@ -10,6 +10,7 @@ import torch
 from tunesmith.data.pairs_collate import judgements
 from tunesmith.jobs.batches import over_batches
 from tunesmith.jobs.reference import completion_of
+from tunesmith.jobs.row_sums import summed_by_row
 from tunesmith.objectives.log_probs import ReplyLogProbs, reply_log_probs
 
 if TYPE_CHECKING:
@@ -38,17 +39,9 @@ def measured_by_row(
     sums, lengths, *reference = _log_probs(assembled, peers, rows)
     policy, known = ReplyLogProbs(sums, lengths), judgements(rows)
     terms = objective.terms(policy, known, reference[0] if reference else None)
-    pairs = torch.tensor([max(1, len(row.winners)) for row in rows])  # a labelled reply has none
-    row_of = torch.arange(len(rows)).repeat_interleave(pairs)
-
-    def of_rows(values: Tensor) -> Tensor:
-        return sums.new_zeros(len(rows)).index_add(0, row_of, values.to(sums.dtype))
-
-    weights = of_rows(terms.weights)
-    every = {"loss": terms.losses} | terms.metrics
-    return {
-        name: (of_rows(terms.weights * value) / weights).numpy() for name, value in every.items()
-    }
+    pairs = [max(1, len(row.winners)) for row in rows]  # a labelled reply has none
+    found = summed_by_row({"loss": terms.losses} | terms.metrics, terms.weights, pairs)
+    return {name: totals / found.weights for name, totals in found.totals.items()}
 
 
 def _log_probs(assembled: Assembled, peers: Peers, rows: Sequence[PairRow]) -> Tensor:

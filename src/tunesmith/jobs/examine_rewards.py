@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from tunesmith.engine.evaluation import mean_loss
+from tunesmith.data.pairs_collate import judgements
 from tunesmith.jobs.batches import over_batches
 from tunesmith.jobs.examine import Reply, chosen, judged_rows, shown
 from tunesmith.jobs.examine_heads import HeadExaminer
-from tunesmith.jobs.reference import by_row, judged_collator
+from tunesmith.jobs.row_sums import ratios, summed_by_row
 from tunesmith.measure import rewards as measure
 from tunesmith.measure.classification import pearson, spearman
 from tunesmith.measure.intervals import wilson_interval
@@ -21,7 +22,7 @@ from tunesmith.objectives import Reward
 
 if TYPE_CHECKING:
     from tunesmith.data.pairs import PairRow
-    from tunesmith.types import Batch
+    from tunesmith.types import JSON, Batch
 
 logger = logging.getLogger(__name__)
 
@@ -45,46 +46,60 @@ class RewardExaminer(HeadExaminer):
         del step  # replies are told by the one who asks
         settings, data = self.assembled.run.evaluation, self.assembled.data
         rows = cast("Sequence[PairRow]", judged_rows(data.evaluation, settings))
-        metrics = mean_loss(
-            self.assembled.program,
-            rows,
-            judged_collator(self.assembled),
-            batch_size=settings.batch_size,
-            peers=self.peers,
-            autocast_dtype=self.assembled.autocast_dtype,
-        )
+        outputs = self.outputs(rows)
+        metrics = self._losses(rows, outputs)
         if self.objective.kind == "steps":
             return metrics
-        rewards = self.rewards(rows)
         asked = list(chosen(list(data.examples), settings))[: settings.samples]
         self.replies = [
             Reply(shown(prompt), prompt.reference[0], " ".join(f"{r:.3f}" for r in reward))
-            for prompt, reward in zip(asked, rewards, strict=False)
+            for prompt, reward in zip(asked, outputs, strict=False)
             if prompt is not None
         ]
         own = self._of_pairs if self.objective.kind == "pairs" else self._of_scores
-        return metrics | own(rows, rewards)
+        return metrics | own(rows, outputs)
 
-    def rewards(self, rows: Sequence[PairRow]) -> list[NDArray[np.float64]]:
-        """Return the reward of each reply, a row (replies,); each process judges its share."""
-        model = self.assembled.tuned.model
+    def outputs(self, rows: Sequence[PairRow]) -> list[NDArray[np.float64]]:
+        """Return a row's rewards, of its replies or its steps; each process judges its share."""
+        objective, model = self.objective, self.assembled.tuned.model
 
-        def rewards(some: list[PairRow], batch: Batch) -> list[NDArray[np.float64]]:
-            return by_row(some, self.objective.rewards(model, batch).double())
+        def outputs(_: list[PairRow], batch: Batch) -> NDArray[np.float64]:
+            return objective.outputs(model, batch).cpu().double().numpy()
 
-        parts = over_batches(self.assembled, self.peers, rows, rewards)
-        return [reward for part in parts for reward in part]
+        every = np.concatenate(over_batches(self.assembled, self.peers, rows, outputs))
+        of_steps = objective.kind == "steps"
+        sizes = [len(row.steps if of_steps else row.segments) for row in rows]
+        return np.split(every, np.cumsum(sizes)[:-1])
+
+    def _losses(
+        self, rows: Sequence[PairRow], outputs: Sequence[NDArray[np.float64]]
+    ) -> dict[str, float]:
+        """Return the loss and the objective's metrics; keep what each row adds to them.
+
+        Prompts with pairs and scored replies weigh the same each, rows of steps by their steps.
+        """
+        objective = self.objective
+        sizes = [max(1, len(row.winners)) for row in rows]
+        if objective.kind == "steps":
+            sizes = [len(row.steps) for row in rows]
+        terms = objective.terms(torch.from_numpy(np.concatenate(outputs)), judgements(rows))
+        values = {"loss": terms.losses} | terms.metrics
+        totals, weights = summed_by_row(values, terms.weights, sizes)
+        if objective.kind == "steps":
+            self.outcomes = {name: ratios(each, weights) for name, each in totals.items()}
+            return {name: float(each.sum() / weights.sum()) for name, each in totals.items()}
+        means = {name: each / weights for name, each in totals.items()}
+        self.outcomes = {name: each.tolist() for name, each in means.items()}
+        return {name: float(each.mean()) for name, each in means.items()}
 
     def _of_pairs(
         self, rows: Sequence[PairRow], rewards: Sequence[NDArray[np.float64]]
     ) -> dict[str, float]:
-        every = list(zip(rows, rewards, strict=True))
-        lead = np.array([r[i] - r[j] for row, r in every for i, j in _pairs(row)])
+        leads = [_leads(row, r) for row, r in zip(rows, rewards, strict=True)]
+        longer = [_leads(row, reply_lengths(row)) for row in rows]
+        lead = np.concatenate(leads)
         margins = np.array([margin for row in rows for margin in row.margins])
         lengths = np.array([n for row in rows for n in reply_lengths(row)], dtype=np.float64)
-        longer = np.array(
-            [n[i] - n[j] for row in rows for n in [reply_lengths(row)] for i, j in _pairs(row)]
-        ).astype(np.float64)
         flat = np.concatenate(rewards)
         correlation = measure.length_correlation(flat, lengths)
         if correlation > MOSTLY_LENGTH:
@@ -95,7 +110,12 @@ class RewardExaminer(HeadExaminer):
             )
         bars, counts = measure.reward_histogram(flat)
         calibrated = measure.calibration(lead)
-        self.outcomes = {"accuracy": ((lead > 0) + 0.5 * (lead == 0)).tolist()}
+        # Unlike the loss, these are means over all pairs or replies, whichever row they are of.
+        self.outcomes |= {
+            "accuracy": _kept([_right(of_row) for of_row in leads]),
+            "length_only_accuracy": _kept([_right(of_row) for of_row in longer]),
+            "reward_mean": _kept(rewards),
+        }
         self.evidence = {
             "intervals": {"accuracy": list(wilson_interval(int((lead > 0).sum()), len(lead)))},
             "calibration": [bin_._asdict() for bin_ in calibrated.bins],
@@ -106,7 +126,7 @@ class RewardExaminer(HeadExaminer):
             self.evidence["accuracy_by_margin"] = [bin_._asdict() for bin_ in by_margin]
         return {
             "accuracy": measure.pair_accuracy(lead),
-            "length_only_accuracy": measure.pair_accuracy(longer),
+            "length_only_accuracy": measure.pair_accuracy(np.concatenate(longer)),
             "calibration_error": calibrated.error,
             "length_correlation": correlation,
             "reward_mean": float(flat.mean()),
@@ -118,12 +138,25 @@ class RewardExaminer(HeadExaminer):
     ) -> dict[str, float]:
         true = np.array([row.score for row in rows], dtype=np.float64)
         given = np.concatenate(rewards)
-        self.outcomes = {"squared_error": ((true - given) ** 2).tolist()}
+        said = {"kind": "numbers", "true": true.tolist(), "predicted": given.tolist()}
+        self.outcomes["predictions"] = said
         return {"pearson": pearson(true, given), "spearman": spearman(true, given)}
 
 
-def _pairs(row: PairRow) -> list[tuple[int, int]]:
-    return list(zip(row.winners, row.losers, strict=True))
+def _leads(row: PairRow, values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return how far the better reply of each pair of a row is ahead, (pairs,)."""
+    of_reply = np.asarray(values, dtype=np.float64)
+    return of_reply[list(row.winners)] - of_reply[list(row.losers)]
+
+
+def _right(lead: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return 1 for each pair whose better reply leads, and half for a tie, (pairs,)."""
+    return (lead > 0) + 0.5 * (lead == 0)
+
+
+def _kept(scores: Sequence[NDArray[np.float64]]) -> JSON:
+    """Return what is kept for the mean over all scores, of which each row has some."""
+    return ratios(map(np.sum, scores), map(len, scores))
 
 
 def reply_lengths(row: PairRow) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from tunesmith.models.output_head import OutputHead, output_head
@@ -18,6 +19,8 @@ from tunesmith.ops.linear_divergence_top_k import TopK, linear_divergence_top_k
 from tunesmith.types import IGNORE, LossTerms
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -30,6 +33,34 @@ class TeacherStates(NamedTuple):
     hidden: Tensor
     """(batch, length, teacher's width)."""
     head: LinearHead
+
+
+class SampleDivergences(NamedTuple):
+    """What each sample of a batch adds to the loss and the divergence."""
+
+    nats: Tensor
+    """(samples,) float32: its summed loss."""
+    tokens: Tensor
+    """(samples,) int64: its supervised tokens."""
+    divergence: Tensor
+    """(samples,) float32: its summed divergence, detached."""
+
+
+class _Supervised(NamedTuple):
+    """What both models make of supervised positions, in their order."""
+
+    hidden: Tensor
+    """(tokens, width) of the student."""
+    targets: Tensor
+    """(tokens,) int64."""
+    teacher: tuple[Tensor, ...]
+    """(tokens, ...) each: the teacher's states, or the two parts of what was kept of it."""
+
+    def cut(self, tokens: list[int]) -> list[_Supervised]:
+        """Return the parts of so many positions each, in order."""
+        own = zip(torch.split(self.hidden, tokens), torch.split(self.targets, tokens), strict=True)
+        known = zip(*(torch.split(kept, tokens) for kept in self.teacher), strict=True)
+        return [_Supervised(*part, kept) for part, kept in zip(own, known, strict=True)]
 
 
 class Distillation(Objective):
@@ -94,35 +125,61 @@ class Distillation(Objective):
             ModelError: the model has no linear language-model head.
         """
         parts = output_head(model)
+        return self._terms(self._supervised(parts, batch), parts, batch)
+
+    def loss_by_sample(
+        self, model: PreTrainedModel, batch: Batch
+    ) -> tuple[LossTerms, SampleDivergences]:
+        """Return what `loss` does, and each sample's share of it, in the order of the samples."""
+        parts = output_head(model)
+        tokens = _tokens_by_sample(batch)
+        samples = self._supervised(parts, batch).cut(tokens)
+        terms = [self._terms(sample, parts, batch) for sample in samples]
+        nats = torch.stack([one.total for one in terms])
+        apart = torch.stack([one.metrics["divergence"] for one in terms])
+        return (
+            LossTerms(nats.sum(), sum(tokens), {"divergence": apart.sum()}),
+            SampleDivergences(nats, torch.tensor(tokens), apart),
+        )
+
+    def _supervised(self, parts: OutputHead, batch: Batch) -> _Supervised:
+        """Run the student, and return what is known where it is to predict something."""
         targets = next_tokens(batch).flatten()
         places = (targets != IGNORE).nonzero().squeeze(-1)
         hidden = parts.hidden_states(model_inputs(batch)).flatten(0, 1)[places]
-        apart = self._apart(hidden, linear_head(parts), places, batch)
+        teacher: tuple[Tensor, ...]
+        if self.logits == "cached":
+            teacher = (batch["teacher_tokens"], batch["teacher_log_probs"])
+        else:
+            teacher = (batch["teacher"].hidden.flatten(0, 1)[places],)
+        return _Supervised(hidden, targets[places], teacher)
+
+    def _terms(self, at: _Supervised, parts: OutputHead, batch: Batch) -> LossTerms:
+        """Return the summed loss over some supervised positions of a batch."""
+        apart = self._apart(at, linear_head(parts), batch)
         total = (1 - self.label_weight) * self.temperature**2 * apart
         if self.label_weight:
             total = total + self.label_weight * linear_cross_entropy(
-                hidden,
+                at.hidden,
                 parts.weight,
-                targets[places],
+                at.targets,
                 bias=parts.scaled_bias(),
                 softcap=parts.softcap,
             )
-        return LossTerms(total, len(places), {"divergence": apart.detach()})
+        return LossTerms(total, len(at.targets), {"divergence": apart.detach()})
 
-    def _apart(self, hidden: Tensor, head: LinearHead, places: Tensor, batch: Batch) -> Tensor:
-        """Return the summed divergence at `places`, (tokens,), of the student's states there."""
+    def _apart(self, at: _Supervised, head: LinearHead, batch: Batch) -> Tensor:
+        """Return the summed divergence at these positions."""
         how: dict[str, Any] = {
             "kind": self.divergence,
             "beta": self.beta,
             "temperature": self.temperature,
         }
         if self.logits == "cached":
-            known = TopK(batch["teacher_tokens"], batch["teacher_log_probs"])
-            vocab = batch["teacher_vocab"]
-            return linear_divergence_top_k(hidden, head, known, vocab=vocab, **how)
-        teacher: TeacherStates = batch["teacher"]
-        states = teacher.hidden.flatten(0, 1)[places]
-        return linear_divergence(hidden, head, states, teacher.head, **how)
+            known, vocab = TopK(*at.teacher), batch["teacher_vocab"]
+            return linear_divergence_top_k(at.hidden, head, known, vocab=vocab, **how)
+        (states,) = at.teacher
+        return linear_divergence(at.hidden, head, states, batch["teacher"].head, **how)
 
     def count(self, batch: Batch) -> int:
         """Return the number of supervised tokens."""
@@ -132,3 +189,13 @@ class Distillation(Objective):
 def linear_head(parts: OutputHead) -> LinearHead:
     """Return a model's head as the divergence takes it."""
     return LinearHead(parts.weight, parts.scaled_bias(), parts.softcap)
+
+
+def _tokens_by_sample(batch: Batch) -> list[int]:
+    """Return the supervised tokens of each sample, rows or segments, of a batch."""
+    supervised = (next_tokens(batch) != IGNORE).cpu()
+    samples: Sequence[Tensor] = supervised.unbind()
+    if "cu_seq_lens_q" in batch:
+        inner = batch["cu_seq_lens_q"][1:-1].cpu()  # where tensor_split wants it
+        samples = supervised.flatten().tensor_split(inner.long())
+    return [int(sample.sum()) for sample in samples]

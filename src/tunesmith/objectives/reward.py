@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
 OUTPUT: Final = ("reward",)
 """What the one output of the head is called."""
+
+
+class RewardTerms(NamedTuple):
+    """What each pair, scored reply or step comes to."""
+
+    losses: Tensor
+    """(terms,) float, unweighted."""
+    weights: Tensor
+    """(terms,) float, 1 over the pairs of the same prompt; of a reply or a step 1."""
+    metrics: dict[str, Tensor]
+    """(terms,) float each, detached, unweighted."""
 
 
 class Reward(Objective):
@@ -65,58 +76,73 @@ class Reward(Objective):
         """Return the reward of each sequence, (sequences,) float32."""
         return head_logits(model, model_inputs(batch))[:, 0]
 
+    def outputs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Return what the loss is of, float32: the reward of each sequence, or of each step."""
+        if self.kind != "steps":
+            return self.rewards(model, batch)
+        places = (batch["step_sequences"], batch["step_positions"])
+        return head_logits_at(model, model_inputs(batch), places)[:, 0]
+
     def loss(self, model: PreTrainedModel, batch: Batch) -> LossTerms:
         """Return the summed loss, what divides it, and how rewards lie."""
-        if self.kind == "pairs":
-            return self.loss_of_pairs(self.rewards(model, batch), batch)
-        if self.kind == "scores":
-            return self.loss_of_scores(self.rewards(model, batch), batch)
-        places = (batch["step_sequences"], batch["step_positions"])
-        steps = head_logits_at(model, model_inputs(batch), places)[:, 0]
-        return self.loss_of_steps(steps, batch)
+        return self.loss_of(self.outputs(model, batch), batch)
 
-    def loss_of_pairs(self, rewards: Tensor, batch: Batch) -> LossTerms:
-        """Return Bradley and Terry's loss -log s(r_w - r_l - m) + c (r_w + r_l)^2, summed.
+    def loss_of(self, outputs: Tensor, batch: Batch) -> LossTerms:
+        """Return the summed loss of `outputs`; see `terms`."""
+        terms = self.terms(outputs, batch)
+        return LossTerms(
+            (terms.weights * terms.losses).sum(),
+            self.count(batch),
+            {name: (terms.weights * value).sum() for name, value in terms.metrics.items()},
+        )
+
+    def terms(self, outputs: Tensor, batch: Batch) -> RewardTerms:
+        """Return the loss and metrics of each pair, reply or step, before they are summed.
+
+        Args:
+            outputs: as `outputs` has them.
+            batch: what is known of the replies. No tokens are needed, so a batch may be of any
+                number of rows.
+        """
+        if self.kind == "pairs":
+            return self._of_pairs(outputs, batch)
+        if self.kind == "scores":
+            return self._of_scores(outputs, batch)
+        return self._of_steps(outputs, batch)
+
+    def _of_pairs(self, rewards: Tensor, batch: Batch) -> RewardTerms:
+        """Return Bradley and Terry's loss -log s(r_w - r_l - m) + c (r_w + r_l)^2 of each pair.
 
         All pairs of one prompt share a weight of 1 (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
         """
-        weights: Tensor = batch["pair_weights"]
         better, worse = rewards[batch["winners"]], rewards[batch["losers"]]
         gap = better - worse
-        terms = -F.logsigmoid(gap - self.margin * batch["margins"])
+        losses = -F.logsigmoid(gap - self.margin * batch["margins"])
         if self.centering:
-            terms = terms + self.centering * (better + worse) ** 2
+            losses = losses + self.centering * (better + worse) ** 2
         lead = gap.detach()
         metrics = {
             "accuracy": (lead > 0).to(lead.dtype) + 0.5 * (lead == 0).to(lead.dtype),
             "reward_margin": lead,
             "mean_reward": (better + worse).detach() / 2,
         }
-        return LossTerms(
-            (weights * terms).sum(),
-            self.count(batch),
-            {name: (weights * value).sum() for name, value in metrics.items()},
-        )
+        return RewardTerms(losses, batch["pair_weights"], metrics)
 
-    def loss_of_scores(self, rewards: Tensor, batch: Batch) -> LossTerms:
-        """Return the summed squared error (r - score)^2 (Cobbe et al. 2021, arXiv:2110.14168)."""
-        error = rewards - batch["scores"]
-        seen = error.detach()
-        return LossTerms(
-            (error**2).sum(),
-            self.count(batch),
-            {"absolute_error": seen.abs().sum(), "mean_reward": rewards.detach().sum()},
-        )
+    def _of_scores(self, rewards: Tensor, batch: Batch) -> RewardTerms:
+        """Return the squared error (r - score)^2 (Cobbe et al. 2021, arXiv:2110.14168)."""
+        error, seen = rewards - batch["scores"], rewards.detach()
+        metrics = {"absolute_error": error.detach().abs(), "mean_reward": seen}
+        return RewardTerms(error**2, torch.ones_like(seen), metrics)
 
-    def loss_of_steps(self, steps: Tensor, batch: Batch) -> LossTerms:
-        """Return the summed cross-entropy of each step's label (Lightman et al. 2023).
+    def _of_steps(self, steps: Tensor, batch: Batch) -> RewardTerms:
+        """Return the cross-entropy of each step's label (Lightman et al. 2023).
 
         arXiv:2305.20050, sec. 2.4; s(r) is the probability that the step is right.
         """
-        labels: Tensor = batch["step_labels"]
-        total = F.binary_cross_entropy_with_logits(steps, labels, reduction="sum")
-        right = ((steps > 0) == (labels > 0.5)).sum()
-        return LossTerms(total, self.count(batch), {"accuracy": right.to(total.dtype)})
+        labels = batch["step_labels"].to(steps.dtype)
+        losses = F.binary_cross_entropy_with_logits(steps, labels, reduction="none")
+        right = ((steps > 0) == (labels > 0.5)).to(steps.dtype)
+        return RewardTerms(losses, torch.ones_like(labels), {"accuracy": right})
 
     def count(self, batch: Batch) -> float:
         """Return the number of prompts with pairs, of scored replies, or of steps."""
