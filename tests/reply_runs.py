@@ -68,12 +68,12 @@ def kill_after(step: int) -> Any:
     return listen
 
 
-def train_in_two_processes(run: Run, folder: Path) -> None:
-    """Train `run` by torchrun; `folder` takes its run file."""
+def train_in_two_processes(run: Run, folder: Path, *options: str) -> str:
+    """Train `run` by torchrun and return what was said; `folder` takes its run file."""
     file = folder / "run.yaml"
     file.write_text(run.model_dump_json())  # JSON is YAML
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "tunesmith", "train", str(file)]
+    command += ["--nproc-per-node", "2", "-m", "tunesmith", "train", str(file), *options]
     done = subprocess.run(
         command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -82,4 +82,6 @@ def train_in_two_processes(run: Run, folder: Path) -> None:
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    return said

@@ -21,7 +21,7 @@ from tunesmith.errors import SpecError, TrainingError
 from tunesmith.jobs.align import align, judging_of
 from tunesmith.jobs.align_judge import Policy, verdict_of, win_rate
 from tunesmith.jobs.align_online import best_and_worst
-from tunesmith.jobs.align_replies import Asked, held_out_prompts, seeds_of
+from tunesmith.jobs.align_replies import JudgedPrompt, held_out_prompts, seeds_of
 from tunesmith.jobs.align_spec import load_alignment, merged
 from tunesmith.report.alignment import charts, render, sentences
 
@@ -328,7 +328,7 @@ def test_settings_over_others_replace_what_is_of_another_kind() -> None:
 
 
 def test_a_pair_is_the_best_and_the_worst_and_ties_make_none() -> None:
-    asked = [Asked(({"role": "user", "content": text},), {}, []) for text in ("p", "q")]
+    asked = [JudgedPrompt(({"role": "user", "content": text},), {}, []) for text in ("p", "q")]
     pairs = best_and_worst(
         asked,
         ["aa", "a", "aaa", "b", "c", "d"],

@@ -18,9 +18,11 @@ from tunesmith.engine.distribution import Peers
 from tunesmith.errors import SpecError
 from tunesmith.jobs.assemble import assemble
 from tunesmith.jobs.experience import Experience
+from tunesmith.jobs.full_batch import full_batch
 from tunesmith.jobs.plan import plan
 from tunesmith.methods.value_head import ValueHead
 from tunesmith.models.attention import enable_segments
+from tunesmith.models.loading import load_model
 from tunesmith.objectives import GRPO, PPO
 from tunesmith.types import Batch
 
@@ -39,6 +41,14 @@ def with_texts(folder: Path, model: Path, /, *, name: str = "grpo", **changes: A
         kept = ("rewards", "rollout", "epochs", "kl", "pretraining_rows")
         objective = {"name": "ppo"} | {key: objective[key] for key in kept}
     return tunesmith.Run(**(run.model_dump() | {"objective": objective}))
+
+
+def run_with_rows(folder: Path, model: Path, rows: int, /, **train: int) -> Any:
+    """Roll-outs of sixteen replies, each taken twice, and so many of the texts in each step."""
+    objective = {"rollout": {"replies": 16, "max_new_tokens": 6}, "epochs": 2}
+    run = with_texts(folder, model, objective=objective, train=train)
+    objective = run.objective.model_copy(update={"pretraining_rows": rows})
+    return run.model_copy(update={"objective": objective})
 
 
 def text_row(*ids: int) -> TokenRow:
@@ -205,6 +215,51 @@ def test_the_plan_counts_them(tmp_path: Path, tiny_model: Path) -> None:
     run = with_texts(tmp_path, tiny_model)
     plain = run.model_copy(update={"data": run.data.model_copy(update={"pretraining": []})})
     assert plan(run).alone.peak > plan(plain).alone.peak
+
+
+@pytest.mark.parametrize(("devices", "accumulation"), [(2, 2), (4, 1)])
+def test_a_device_is_planned_with_its_share_of_the_texts(
+    devices: int, accumulation: int, tmp_path: Path, tiny_model: Path
+) -> None:
+    whole, share = (
+        plan(run_with_rows(tmp_path, tiny_model, number, accumulation_steps=accumulation))
+        for number in (16, 16 // devices)
+    )
+    assert whole.on(1, "ddp") == whole.alone
+    assert whole.on(devices, "ddp").activations == share.alone.activations
+    assert whole.on(devices, "ddp").transient == share.alone.transient
+    assert whole.on(devices, "zero2").activations == share.alone.activations
+    assert share.alone.activations < whole.alone.activations
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_the_plan_counts_as_many_texts_as_a_process_takes_at_once(
+    devices: int, tmp_path: Path, tiny_model: Path
+) -> None:
+    run = run_with_rows(tmp_path, tiny_model, 16, accumulation_steps=4 // devices)
+    assembled = assemble(run, ALONE, lambda _: None)
+    stream = Experience(assembled, ALONE, _Equal())  # type: ignore[arg-type]
+    stream.take(16)  # writes the replies
+    stream.peers = Peers(torch.device("cpu"), size=devices)
+    rows = stream.take(16)
+    processes = [rows[rank::devices] for rank in range(devices)]
+    at_once = [own[start : start + 4] for own in processes for start in range(0, len(own), 4)]
+    assert [sum(len(row.texts) for row in some) for some in at_once] == [4, 4, 4, 4]
+    batch = full_batch(run, assembled.tuned.model, (4, 64), processes=devices)
+    assert len(batch["texts"]["input_ids"]) == 4
+
+
+def test_texts_are_planned_as_long_as_they_may_be_beside_short_replies(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    run = run_with_rows(tmp_path, tiny_model, 3)
+    rollout = run.objective.rollout.model_copy(update={"prompt_tokens": 4})
+    objective = run.objective.model_copy(update={"rollout": rollout})
+    run = run.model_copy(update={"objective": objective})
+    planned = plan(run)
+    assert planned.tokens == (4, 10)
+    model = load_model(str(tiny_model)).model
+    assert full_batch(run, model, planned.tokens)["texts"]["input_ids"].shape == (3, 64)
 
 
 def test_a_run_without_replies_of_its_own_is_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import tunesmith
+from reply_runs import StopError, events, kill_after, train_in_two_processes
 from tiny import VOCAB, tiny_llama, tiny_tokenizer
 from tunesmith import (
     DataSettings,
@@ -32,7 +33,7 @@ from tunesmith import (
     TrainSettings,
 )
 from tunesmith.engine.checkpoint import checkpoint_of, load_trainable
-from tunesmith.engine.events import Evaluated, Event, RunFinished
+from tunesmith.engine.events import Evaluated, Event, RunFinished, Warned
 from tunesmith.engine.settings import CheckpointSettings
 from tunesmith.errors import SpecError
 from tunesmith.jobs import proofs
@@ -301,6 +302,29 @@ def test_where_the_best_checkpoint_is_damaged_the_best_of_the_others_is_the_resu
     assert f"the result is {checkpoint_of(run.directory, second)}" in page
 
 
+def test_where_no_evaluation_gave_a_number_the_last_model_is_taken_with_a_warning(
+    tmp_path: Path, rows: Path, tiny_model: Path
+) -> None:
+    run = run_of(
+        tmp_path,
+        tiny_model,
+        train=TrainSettings(
+            max_steps=9, batch_size=4, learning_rate=1e20, warmup=0, early_stopping=1
+        ),
+        evaluation=EvaluationSettings(every_steps=1, samples=0),
+    )
+    heard: list[Event] = []
+    result = tunesmith.train(run, listeners=[heard.append])
+    assert (result.outcome.stopped_because, result.outcome.steps) == ("early_stopping", 1)
+    assert result.outcome.best is None
+    (warned,) = [event for event in heard if isinstance(event, Warned)]
+    assert warned.step == 1
+    assert warned.message.startswith("evaluation.best: loss was no number in any evaluation")
+    assert warned.message.endswith("the result is the model after the last step")
+    page = result.directory.report.read_text()
+    assert warned.message in page
+
+
 def test_a_run_that_diverged_leaves_files_that_every_program_reads(
     tmp_path: Path, rows: Path, tiny_model: Path
 ) -> None:
@@ -443,6 +467,28 @@ def test_two_processes_train_what_one_trains(
         torch.testing.assert_close(together[name], tensor, atol=2e-5, rtol=1e-4)
     summary = json.loads((two / "summary.json").read_text())
     assert summary["after"]["loss"] == pytest.approx(one.summary["after"]["loss"], abs=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sound", [True, False])
+def test_two_processes_warn_once_of_a_damaged_checkpoint_and_go_on_alike(
+    tmp_path: Path, rows: Path, tiny_model: Path, sound: bool
+) -> None:
+    checkpoint = CheckpointSettings(every_steps=1, keep=9)
+    run = run_of(tmp_path, tiny_model, checkpoint=checkpoint)
+    with pytest.raises(StopError):
+        tunesmith.train(run, listeners=[kill_after(3)])
+    damaged = [checkpoint_of(run.directory, step) for step in ((3,) if sound else (1, 2, 3))]
+    for path in damaged:
+        os.truncate(path / "trainable.safetensors", 9)
+    said = train_in_two_processes(run, tmp_path, "--resume")
+    # The console breaks its lines.
+    assert "".join(said.split()).count("steppedoverthedamagedcheckpoint") == len(damaged)
+    warned = [event["message"] for event in events(run.directory, "warned")]
+    assert sum(message.startswith("stepped over") for message in warned) == len(damaged)
+    begun = events(run.directory, "run_started")[-1]
+    assert begun["resumed_from"] == (str(checkpoint_of(run.directory, 2)) if sound else None)
+    assert json.loads((run.directory / "summary.json").read_text())["steps"] == 6
 
 
 def test_a_model_of_another_family_trains_too(tmp_path: Path, rows: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from tunesmith.engine.checkpoint import checkpoints, load_trainable, step_of
-from tunesmith.jobs.align_replies import Asked, Said, Writing, held_out_prompts, said_by
+from tunesmith.jobs.align_replies import JudgedPrompt, Said, Writing, held_out_prompts, said_by
 from tunesmith.jobs.align_stages import digest
 from tunesmith.jobs.data_marks import data_hash
 from tunesmith.jobs.result import load_run
@@ -72,7 +72,7 @@ def judge(judging: Judging) -> None:
     reward = build_reward(judging.judge, open_reward_run)
     for name in missing:
         found = replies[name]
-        asked = [Asked(tuple(p["messages"]), p["columns"], []) for p in found["prompts"]]
+        asked = [JudgedPrompt(tuple(p["messages"]), p["columns"], []) for p in found["prompts"]]
         rows = [one.scored(reply) for one, reply in zip(asked, found["replies"], strict=True)]
         found |= {"rewards": reward(rows), "judged_by": judged_by}
         write_json(judging.folder / f"{name}.json", found)
@@ -126,7 +126,7 @@ def _plain(columns: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(columns, default=str))
 
 
-def _ask(judging: Judging, policy: Policy) -> tuple[list[Asked], Said]:
+def _ask(judging: Judging, policy: Policy) -> tuple[list[JudgedPrompt], Said]:
     settings = judging.settings
     loaded = load_run(policy.run)
     if policy.step is not None:

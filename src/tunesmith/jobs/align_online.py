@@ -20,7 +20,7 @@ from tunesmith.jobs.align_stages import Step, asked_before, in_a_process, run_st
 from tunesmith.jobs.run_directory import write_text
 
 if TYPE_CHECKING:
-    from tunesmith.jobs.align_replies import Asked
+    from tunesmith.jobs.align_replies import JudgedPrompt
     from tunesmith.jobs.align_spec import OnlineSettings
     from tunesmith.rewards.contract import Reward
     from tunesmith.spec import Run
@@ -116,7 +116,7 @@ def write_pairs(run: Run, this: Run, settings: tuple[OnlineSettings, int], pairs
 
 
 def best_and_worst(
-    asked: Sequence[Asked], texts: Sequence[str], ended: Sequence[bool], reward: Reward
+    asked: Sequence[JudgedPrompt], texts: Sequence[str], ended: Sequence[bool], reward: Reward
 ) -> list[Pair]:
     """Return a pair for each prompt whose replies differ in reward: the best and the worst.
 

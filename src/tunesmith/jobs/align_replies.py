@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from tunesmith.spec import Run
 
 
-class Asked(NamedTuple):
-    """One held-out prompt."""
+class JudgedPrompt(NamedTuple):
+    """A prompt whose replies are judged, and the pair of replies that its row has."""
 
     messages: tuple[dict[str, Any], ...]
     """The turns before the reply."""
@@ -94,13 +94,13 @@ def held_out_prompts(
     limit: int | None,
     *,
     setting: str = "judged.prompts",
-) -> list[Asked]:
+) -> list[JudgedPrompt]:
     """Return the different prompts of the sources, in their order; `setting` is what names those.
 
     Raises:
         DataError: a row cannot be read or asks nothing, or there are fewer than two prompts.
     """
-    different: dict[tuple[int, ...], Asked] = {}
+    different: dict[tuple[int, ...], JudgedPrompt] = {}
     for asked in _prompts(sources, Renderer(tokenizer)):
         different.setdefault(tuple(asked.input_ids), asked)
         if len(different) == limit:
@@ -110,17 +110,17 @@ def held_out_prompts(
     return list(different.values())
 
 
-def _prompts(sources: Sequence[Source], renderer: Renderer) -> Iterator[Asked]:
+def _prompts(sources: Sequence[Source], renderer: Renderer) -> Iterator[JudgedPrompt]:
     for source in sources:
         located = locate(source)
         asked = partial(_asked, TurnsAsked(located), source, renderer)
         yield from all_converted(located, asked)
 
 
-def _asked(turns: TurnsAsked, source: Source, renderer: Renderer, raw: RawRow) -> Asked:
+def _asked(turns: TurnsAsked, source: Source, renderer: Renderer, raw: RawRow) -> JudgedPrompt:
     asked = turns(raw.values)
     pair = _pair(renamed(raw.values, source.columns), source, renderer)
-    return Asked(asked.messages, raw.values, renderer.asked(asked), pair, asked.tools)
+    return JudgedPrompt(asked.messages, raw.values, renderer.asked(asked), pair, asked.tools)
 
 
 def _pair(row: Values, source: Source, renderer: Renderer) -> tuple[TokenRow, TokenRow] | None:
@@ -165,7 +165,7 @@ class Asking(NamedTuple):
             )
 
 
-def said_by(loaded: LoadedRun, asked: Sequence[Asked], how: Writing, *, tuned: bool) -> Said:
+def said_by(loaded: LoadedRun, asked: Sequence[JudgedPrompt], how: Writing, *, tuned: bool) -> Said:
     """Return what is replied, and for a tuned policy how far it is from where it started."""
     prompts = [one.input_ids for one in asked]
     asking = Asking(loaded.tuned.model, loaded.tokenizer, loaded.run.model, loaded.autocast_dtype)

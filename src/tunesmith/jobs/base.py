@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunesmith.errors import MethodError, SpecError
+from tunesmith.jobs.run_directory import RunDirectory, open_finished
+from tunesmith.methods.adapter_files import base_name as made_on
 from tunesmith.methods.child import base_parameters
 from tunesmith.methods.storage import load_adapter
 from tunesmith.models.embeddings import fingerprint
 from tunesmith.models.loading import load_model
 from tunesmith.models.quantize import quantise
+from tunesmith.models.skeleton import empty_on_cpu, skeleton
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel
 
+    from tunesmith.methods.adapter_files import SavedAdapter
     from tunesmith.models.heads import Head
     from tunesmith.models.settings import ModelSettings
 
@@ -80,6 +86,47 @@ def merge_for_good(model: PreTrainedModel, directory: Path) -> None:
         for name, parameter in base_parameters(model).items():
             parameter.copy_(merged[name])
             parameter.requires_grad_(required[name])
+
+
+def empty_base(settings: ModelSettings) -> PreTrainedModel:
+    """Return the base without its weights, under the name that adapters record it by.
+
+    Raises:
+        ModelError: nothing of this name.
+        SpecError: there is no adapter in `model.adapter`.
+    """
+    model = empty_on_cpu(skeleton(settings).eval())
+    model.config._name_or_path = model.name_or_path = base_name(settings)
+    return model
+
+
+def base_of_run(run: RunDirectory) -> ModelSettings | None:
+    """Return what a run's file says of its base, not quantised; None where there is no run.
+
+    Raises:
+        SpecError: the run's file means nothing.
+    """
+    if not run.spec.is_file():
+        return None
+    own = open_finished(run.path)[1].model
+    return own.model_copy(update={"quantize": "none", "products": "dtype"})
+
+
+def require_same_start(settings: ModelSettings, saved: Iterable[SavedAdapter]) -> None:
+    """Check that what a run started from is still what it was when `saved` were trained.
+
+    Raises:
+        SpecError: there is no adapter in `model.adapter`, or another one.
+    """
+    if settings.adapter is None:
+        return
+    now = base_name(settings)
+    for before in filter(None, map(made_on, saved)):
+        if Path(before).name != Path(now).name:
+            raise SpecError(
+                f"model.adapter: {settings.adapter} is not what the run started from, which was "
+                f"{before!r} and is {now!r} now"
+            )
 
 
 def adapter_directory(path: str) -> Path:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import AdapterError, SpecError
-from tunesmith.jobs.run_directory import RunDirectory
+from tunesmith.jobs.base import base_of_run, empty_base, require_same_start
+from tunesmith.jobs.run_directory import RunDirectory, run_of_adapter
 from tunesmith.methods.adapter_files import base_name, read_adapters
 from tunesmith.methods.combine import recipe
 from tunesmith.methods.tuned import TunedModel
 from tunesmith.models.settings import ModelSettings
-from tunesmith.models.skeleton import empty_on_cpu, skeleton
+
+if TYPE_CHECKING:
+    from tunesmith.methods.adapter_files import SavedAdapter
 
 
 def combine_adapters(
@@ -27,6 +32,9 @@ def combine_adapters(
 ) -> float:
     """Combine saved LoRA adapters of one base into a new one; no weights of the base are loaded.
 
+    The base of runs that started from another's result is the model with that merged in, and so is
+    the base of the new adapter.
+
     Args:
         weights: of the adapters, by their directory.
         to: the directory to write.
@@ -40,13 +48,19 @@ def combine_adapters(
         The share of the combined deltas' squared norm that the rank keeps.
 
     Raises:
-        AdapterError: an adapter is damaged or of another base, or `to` holds other files.
+        AdapterError: an adapter is damaged, of another base or of a run that started from another
+            one, or `to` holds other files.
         MethodError: an adapter is no plain LoRA, or a setting has no effect or is out of range.
         ModelError: the base cannot be found.
+        SpecError: what the runs started from is gone, or another one than it was.
     """
     chosen = recipe(method, density=density, rank=rank, seed=seed)
-    model = skeleton(ModelSettings(name=base or _base(weights)))
-    tuned = TunedModel(empty_on_cpu(model.eval()))
+    saved = {directory: read_adapters(directory) for directory in weights}
+    found = {directory: base_of_run(run_of_adapter(directory)) for directory in weights}
+    of_runs = {directory: settings for directory, settings in found.items() if settings}
+    _require_one_start(of_runs, saved)
+    settings = ModelSettings(name=base) if base else _base(of_runs, saved)
+    tuned = TunedModel(empty_base(settings))
     names = {}
     for number, (directory, weight) in enumerate(weights.items()):
         names[f"adapter_{number}"] = weight
@@ -84,10 +98,42 @@ def weighted(arguments: Sequence[str]) -> dict[Path, float]:
     return found
 
 
-def _base(weights: Mapping[Path, float]) -> str:
-    """Return the name of the base model that the adapters were made on."""
-    for directory in weights:
-        for adapter in read_adapters(directory):
-            if name := base_name(adapter):
-                return name
+def _require_one_start(
+    of_runs: Mapping[Path, ModelSettings], saved: Mapping[Path, Sequence[SavedAdapter]]
+) -> None:
+    """Check that runs of which some started from another's result all started from the same.
+
+    Raises:
+        AdapterError: they did not.
+    """
+    starts = [
+        (directory, settings.adapter, base_name(saved[directory][0]))
+        for directory, settings in of_runs.items()
+    ]
+    for one, other in pairwise(starts):
+        (_, first, base), (_, second, other_base) = one, other
+        if (first or second) and Path(base).name != Path(other_base).name:
+            told = " and ".join(
+                f"{directory} was trained on {named!r} (model.adapter: {adapter or 'none'})"
+                for directory, adapter, named in (one, other)
+            )
+            raise AdapterError(f"{told}; combine runs that started from the same")
+
+
+def _base(
+    of_runs: Mapping[Path, ModelSettings], saved: Mapping[Path, Sequence[SavedAdapter]]
+) -> ModelSettings:
+    """Return what names the base that the adapters were made on: a run's file, or they alone.
+
+    Raises:
+        AdapterError: nothing says it.
+        SpecError: what a run started from is gone, or another one than it was.
+    """
+    if of_runs:
+        directory, settings = next(iter(of_runs.items()))
+        require_same_start(settings, saved[directory])
+        return settings
+    names = (base_name(adapter) for adapters in saved.values() for adapter in adapters)
+    if name := next(filter(None, names), ""):
+        return ModelSettings(name=name)
     raise AdapterError("none of the adapters says on which base model it was made; give --base")

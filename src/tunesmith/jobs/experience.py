@@ -7,6 +7,7 @@ is then, scored, and handed out `epochs` times, in another order each time.
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -154,15 +155,20 @@ class Experience:
             self.prompts.texts.load_state_dict(state["texts"])
 
     def _with_texts(self, rows: list[ReplyRow]) -> list[ReplyRow]:
-        """Return the rows of a step with the texts of that step, evenly spread over them."""
+        """Return the rows of a step with the texts of that step, evenly spread over them.
+
+        Processes take texts in turn, as they take rows, and each spreads its own over its rows.
+        """
         if self.prompts.texts is None:
             return rows
         texts = self.prompts.texts.take(self.objective.pretraining_rows)
         spread: list[list[TokenRow]] = [[] for _ in rows]
+        processes = self.peers.size
+        most = math.ceil(len(texts) / processes)
         for number, text in enumerate(texts):
-            # Of the rows each process takes one in turn.
-            place = number * len(rows) // len(texts) + number % self.peers.size
-            spread[place % len(rows)].append(text)
+            turn, process = divmod(number, processes)
+            row = turn * (len(rows) // processes) // most
+            spread[row * processes + process].append(text)
         # The first token of a text is predicted by nothing.
         predicted = sum(int(text.supervised[1:].sum()) for text in texts)
         replies = {"replies": len(rows), "reply": range(sum(row.tokens for row in rows))}

@@ -9,6 +9,7 @@ import torch
 
 from tunesmith.jobs.labelled import compares
 from tunesmith.jobs.teacher import require_tokens
+from tunesmith.models.context import context_length
 from tunesmith.objectives import (
     PPO,
     Classification,
@@ -36,8 +37,17 @@ def sequences_a_row(run: Run) -> int:
     return 2 if compares(run) and _judgement(run) in {"pairs", "labels"} else 1
 
 
-def full_batch(run: Run, model: PreTrainedModel, shape: tuple[int, int]) -> Batch:
-    """Return a full batch of so many rows and tokens, with what the objective reads."""
+def full_batch(
+    run: Run, model: PreTrainedModel, shape: tuple[int, int], *, processes: int = 1
+) -> Batch:
+    """Return a full batch of so many rows and tokens, with what the objective reads.
+
+    Args:
+        run: what learns from it.
+        model: the run's.
+        shape: rows, and tokens of each of a row's sequences.
+        processes: that share the texts of a step.
+    """
     rows, length = shape
     objective = run.objective
     ids = torch.zeros((rows * sequences_a_row(run), length), dtype=torch.int64)
@@ -52,7 +62,8 @@ def full_batch(run: Run, model: PreTrainedModel, shape: tuple[int, int]) -> Batc
     # The first token of a row is predicted by nothing.
     batch |= _kept_of_teacher(run, model, len(ids) * (length - 1))
     if isinstance(objective, FromReplies):
-        return batch | _of_replies(objective, ids) | _texts(run, objective, ids)
+        texts = _texts(run, model, rows, processes=processes)
+        return batch | _of_replies(objective, ids) | objective.prepared(texts)
     if compares(run):
         batch |= {"attention_mask": mask, **_judged(_judgement(run), rows, length)}
     if isinstance(objective, Preference) and objective.needs_reference:
@@ -92,16 +103,22 @@ def _of_replies(objective: FromReplies, ids: Tensor) -> Batch:
     return {"labels": labels, "replies": rows, "reply": reply, **values}
 
 
-def _texts(run: Run, objective: FromReplies, ids: Tensor) -> Batch:
-    """Return what a batch holds of the texts that are learned from beside replies."""
+def _texts(run: Run, model: PreTrainedModel, rows: int, *, processes: int) -> Batch:
+    """Return what a batch holds of the texts that are learned from beside so many replies.
+
+    A process has its share of a step's texts, spread evenly over its rows, and they are as long as
+    `data.max_length` lets them, however short prompts and replies are.
+    """
     if not run.data.pretraining:
         return {}
+    objective: FromReplies = run.objective  # type: ignore[assignment]  # nobody else reads texts
+    mine = math.ceil(objective.pretraining_rows / processes)
     in_step = run.train.batch_size * run.train.accumulation_steps
-    rows = math.ceil(objective.pretraining_rows * len(ids) / in_step)
-    texts = torch.zeros((rows, ids.shape[1]), dtype=torch.int64)
-    positions = torch.arange(ids.shape[1])[None].expand_as(texts)
+    length = min(run.data.max_length, context_length(model) or run.data.max_length)
+    texts = torch.zeros((math.ceil(mine * rows / in_step), length), dtype=torch.int64)
+    positions = torch.arange(length)[None].expand_as(texts)
     batch = {"input_ids": texts, "labels": texts, "position_ids": positions}
-    return objective.prepared({"texts": batch, "text_scale": 1.0})
+    return {"texts": batch, "text_scale": 1.0}
 
 
 def side_by_side(batch: Batch) -> Batch:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from tunesmith.errors import AdapterError, ModelError, SetupError, SpecError
-from tunesmith.jobs.base import base_name, load_base
-from tunesmith.jobs.run_directory import RunDirectory, open_finished
+from tunesmith.jobs.base import base_of_run, empty_base, load_base, require_same_start
+from tunesmith.jobs.run_directory import RunDirectory, run_of_adapter
 from tunesmith.methods.adapter_files import base_name as made_on
 from tunesmith.methods.adapter_files import read_adapters
 from tunesmith.methods.inspection import (
@@ -27,7 +27,6 @@ from tunesmith.models.heads import Head
 from tunesmith.models.loading import load_tokenizer
 from tunesmith.models.precision import DTYPES, best_dtype
 from tunesmith.models.settings import ModelSettings
-from tunesmith.models.skeleton import empty_on_cpu, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -137,7 +136,7 @@ def inspect_result(path: str | Path, *, tokens: int = 3, base: str | None = None
             raise AdapterError(
                 f"{path} holds no adapter: it is not finished, or all of the model was trained"
             )
-    run = _run_of(directory.absolute())
+    run = run_of_adapter(directory)
     saved = read_adapters(directory)
     settings = tuned = tokenizer = missing = None
     try:
@@ -157,12 +156,6 @@ def inspect_result(path: str | Path, *, tokens: int = 3, base: str | None = None
     return Inspection(str(path), starts_from, inspected, missing, _findings(run))
 
 
-def _run_of(directory: Path) -> RunDirectory:
-    """Return the run whose adapter lies in `directory`; one without a run file where it is none."""
-    run = RunDirectory(directory.parent)
-    return run if run.adapter == directory else RunDirectory(directory)
-
-
 def _base_settings(run: RunDirectory, saved: list[SavedAdapter]) -> ModelSettings:
     """Return what names the base, not quantised: the run's file, or what an adapter alone says.
 
@@ -170,9 +163,8 @@ def _base_settings(run: RunDirectory, saved: list[SavedAdapter]) -> ModelSetting
         ModelError: nothing says it.
         SpecError: the run's file means nothing.
     """
-    if run.spec.is_file():
-        own = open_finished(run.path)[1].model
-        return own.model_copy(update={"quantize": "none", "products": "dtype"})
+    if (own := base_of_run(run)) is not None:
+        return own
     name = next(filter(None, map(made_on, saved)), "")
     if not name:
         raise ModelError("the adapter does not say on which base model it was made; give --base")
@@ -188,32 +180,14 @@ def _base(
         ModelError: there is no such model.
         SpecError: there is no adapter in `model.adapter`, or another one than there was.
     """
-    if settings.adapter is not None:
-        _require_same_start(settings, saved)
+    require_same_start(settings, saved)
     heads = [x.record.head for x in saved if x.record and x.record.head]
     head = Head(heads[0].kind, heads[0].labels) if heads else None
     if head is not None or any(_method(adapter) in NEAR_TOKENS for adapter in saved):
         dtype = DTYPES.get(settings.dtype) or best_dtype(_CPU)
         model = load_base(settings, device=_CPU, dtype=dtype, head=head)
         return model, load_tokenizer(settings, chats=head is None)
-    model = empty_on_cpu(skeleton(settings).eval())
-    model.config._name_or_path = model.name_or_path = base_name(settings)
-    return model, None
-
-
-def _require_same_start(settings: ModelSettings, saved: list[SavedAdapter]) -> None:
-    """Check that the adapter a run started from is still the one it was.
-
-    Raises:
-        SpecError: there is none, or another one.
-    """
-    now = base_name(settings)
-    for before in filter(None, map(made_on, saved)):
-        if Path(before).name != Path(now).name:
-            raise SpecError(
-                f"model.adapter: {settings.adapter} is not what the run started from, which was "
-                f"{before!r} and is {now!r} now"
-            )
+    return empty_base(settings), None
 
 
 def _attachment(tuned: TunedModel, adapter: SavedAdapter) -> Attachment:

@@ -52,7 +52,8 @@ def start_of(assembled: Assembled, peers: Peers) -> Start | None:
         start = Start(levels[0], f"it needs less than {size(bound)}, and {size(room)} are free")
     else:
         try:
-            start = least(levels, _planned(run, device, length, replies=replies), room)
+            peak_of = _planned(run, device, length, replies=replies, processes=peers.size)
+            start = least(levels, peak_of, room)
         # A plan must not stop a run: memory then decides by running out.
         except Exception as error:  # noqa: BLE001
             start = Start(levels[0], f"nothing could be planned ({type(error).__name__}: {error})")
@@ -107,7 +108,9 @@ def most_replies(assembled: Assembled) -> int:
     return max(len(row.segments) for row in corpus.rows)
 
 
-def _planned(run: Run, device: torch.device, length: int, *, replies: int) -> Callable[[str], int]:
+def _planned(
+    run: Run, device: torch.device, length: int, *, replies: int, processes: int
+) -> Callable[[str], int]:
     # A plan takes pairs; more replies to a prompt are as many as in more rows of pairs.
     rows = math.ceil(run.train.batch_size * replies / sequences_a_row(run))
     run = run.model_copy(update={"train": run.train.model_copy(update={"batch_size": rows})})
@@ -117,7 +120,8 @@ def _planned(run: Run, device: torch.device, length: int, *, replies: int) -> Ca
         engine = run.engine.model_copy(update={"checkpointing": mode})
         changed = run.model_copy(update={"engine": engine})
         # Whatever is recomputed, a roll-out takes the same.
-        return plan(changed, device=device.type, length=length).alone.phases["training step"]
+        planned = plan(changed, device=device.type, length=length, processes=processes)
+        return planned.alone.phases["training step"]
 
     return peak_of
 

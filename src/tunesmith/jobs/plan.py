@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 import psutil
@@ -62,18 +62,33 @@ class Plan:
     """Of a run that samples."""
     remarks: tuple[str, ...]
     """What was assumed, a sentence each."""
+    _with_share: dict[int, MemoryPlan] = field(default_factory=dict, init=False, compare=False)
+    """See `_of`: a simulation takes seconds, and there are several strategies."""
 
     def on(self, devices: int, strategy: Strategy) -> MemoryPlan:
-        """Return the memory of each of several devices, which share the replies of a roll-out."""
-        memory = shared_out(self.alone, devices, strategy, block=self.block_bytes)
+        """Return the memory of each of several devices.
+
+        They share the replies of a roll-out and the texts of a step.
+        """
+        memory = shared_out(self._of(devices), devices, strategy, block=self.block_bytes)
         if self.writing is None:
             return memory
         share = self.writing.rows(devices) / self.writing.rows()
         rollout, cache = round(share * memory.rollout), round(share * memory.cache)
         return replace(memory, rollout=rollout, cache=cache)
 
+    def _of(self, devices: int) -> MemoryPlan:
+        """Return the memory of one of several devices that share the texts of a step alone."""
+        if devices == 1 or not self.run.data.pretraining:
+            return self.alone
+        if devices not in self._with_share:
+            length = self.tokens[1]
+            own = plan(self.run, device=self.device, length=length, processes=devices).alone
+            self._with_share[devices] = replace(own, process=self.alone.process)
+        return self._with_share[devices]
 
-def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
+
+def plan(run: Run, *, device: str = "cuda", length: int | None = None, processes: int = 1) -> Plan:
     """Return what `run` needs, from its models' configs alone; a step is simulated, none is run.
 
     Every row is taken to be as long as the longest allowed and all of it supervised, and every
@@ -83,6 +98,7 @@ def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
         run: what to plan.
         device: `cuda` or `cpu`; plans for either can be made on any machine.
         length: tokens a row; `data.max_length` where none is given, at most the model's context.
+        processes: that share the texts of `data.pretraining`, of which one is planned.
 
     Raises:
         TunesmithError: the kind says which part of the run cannot work.
@@ -109,7 +125,7 @@ def plan(run: Run, *, device: str = "cuda", length: int | None = None) -> Plan:
     block = _largest_block(tuned)
     hold_codes_of(tuned.model, tuned.sites, run.model, device)
     away = _inputs_away(tuned, models.dtypes.weights, rows * sequences_a_row(run) * length)
-    phases = phases_of(Work(run, models, (rows, length), device, writing))
+    phases = phases_of(Work(run, models, (rows, length), device, writing, processes))
     frozen = phases.step.parameters - trained - beside
     if writing is not None and sampling_of(run.objective).decoding == "vllm":  # type: ignore[union-attr]  # it writes
         beside += _served(models, writing, frozen)

@@ -55,6 +55,8 @@ class Work:
     """`cuda` or `cpu`."""
     writing: Writing | None
     """Of a run that samples."""
+    processes: int = 1
+    """That share the texts of a step."""
 
     @property
     def chosen(self) -> dict[int, int]:
@@ -68,7 +70,7 @@ class Work:
 
     def batch(self) -> Batch:
         """Return a full batch in the layout of training."""
-        batch = full_batch(self.run, self.models.tuned.model, self.shape)
+        batch = full_batch(self.run, self.models.tuned.model, self.shape, processes=self.processes)
         return side_by_side(batch) if self.models.side_by_side else batch
 
 

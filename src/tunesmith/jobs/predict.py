@@ -46,7 +46,7 @@ HALF = 0.5
 """From which probability a label is given where no held-out rows said a better one."""
 
 
-class Asked(NamedTuple):
+class Unlabelled(NamedTuple):
     """What a label is wanted of."""
 
     text: str
@@ -84,7 +84,7 @@ def predict(
     """
     directory = RunDirectory(Path(path))
     if directory.spec.is_file() and is_feature_file(directory.spec):
-        return _by_features(directory, [Asked(text) for text in texts], overrides)
+        return _by_features(directory, [Unlabelled(text) for text in texts], overrides)
     return predictions(load_run(path, overrides), texts)
 
 
@@ -94,10 +94,10 @@ def predictions(loaded: LoadedRun, texts: Sequence[str]) -> list[Prediction]:
     if isinstance(objective, Reward):
         rewards = score(loaded, [conversation_of(text) for text in texts])
         return [Prediction(t, f"{r:.4f}", {}) for t, r in zip(texts, rewards, strict=True)]
-    return _by_head(loaded, [Asked(text) for text in texts])
+    return _by_head(loaded, [Unlabelled(text) for text in texts])
 
 
-def _by_head(loaded: LoadedRun, asked: Sequence[Asked]) -> list[Prediction]:
+def _by_head(loaded: LoadedRun, asked: Sequence[Unlabelled]) -> list[Prediction]:
     objective = loaded.run.objective
     if not isinstance(objective, Classification | TokenClassification):
         raise SpecError(
@@ -152,7 +152,7 @@ def predict_file(
     return [Prediction(str(c.messages[-1]["content"]), f"{r:.4f}", {}) for c, r in pairs]
 
 
-def texts_in(path: str | Path, run_source: Source, *, of_words: bool = False) -> list[Asked]:
+def texts_in(path: str | Path, run_source: Source, *, of_words: bool = False) -> list[Unlabelled]:
     """Return the texts of a file, read as the run's own rows are: its columns, or its template.
 
     Args:
@@ -174,18 +174,18 @@ def texts_in(path: str | Path, run_source: Source, *, of_words: bool = False) ->
     return found
 
 
-def _words_of(row: RawRow, source: Source) -> Asked:
+def _words_of(row: RawRow, source: Source) -> Unlabelled:
     """Return the words of a row, or its text where it has no words."""
     column = source.columns.get("tokens", "tokens")
     if column not in row.values:
         return _text_of(row, source)
     words = words_of(row.values[column])
-    return Asked(" ".join(words), None, words)
+    return Unlabelled(" ".join(words), None, words)
 
 
-def _text_of(row: RawRow, source: Source) -> Asked:
+def _text_of(row: RawRow, source: Source) -> Unlabelled:
     if source.prompt is not None:
-        return Asked(fill(source.prompt, row.values))
+        return Unlabelled(fill(source.prompt, row.values))
     own = {o: named for o, named in source.columns.items() if o in _TEXTS and named in row.values}
     values = renamed(row.values, own)
     needed = [name for name in _TEXTS if name == "text" or name in source.columns]
@@ -194,11 +194,11 @@ def _text_of(row: RawRow, source: Source) -> Asked:
             raise DataError(f"has no column '{name}'; its columns are {', '.join(row.values)}")
     given = [name for name in _TEXTS if name in needed or values.get(name) is not None]
     texts = {name: as_text(values[name], f"'{name}'") for name in given}
-    return Asked(texts["text"], texts.get("text_pair"))
+    return Unlabelled(texts["text"], texts.get("text_pair"))
 
 
 def _by_features(
-    directory: RunDirectory, asked: Sequence[Asked], overrides: Sequence[str]
+    directory: RunDirectory, asked: Sequence[Unlabelled], overrides: Sequence[str]
 ) -> list[Prediction]:
     _require_texts(asked)
     classifier = FeatureClassifier(directory, overrides)
@@ -209,7 +209,7 @@ def _by_features(
     ]
 
 
-def _require_texts(asked: Sequence[Asked]) -> None:
+def _require_texts(asked: Sequence[Unlabelled]) -> None:
     for number, one in enumerate(asked, start=1):
         if not one.text.strip():
             raise DataError(f"text {number} is empty; expected text")
@@ -223,7 +223,7 @@ def _threshold(loaded: LoadedRun) -> float:
     return HALF if best is None else best
 
 
-def _outputs(loaded: LoadedRun, asked: Sequence[Asked]) -> list[NDArray[np.float32]]:
+def _outputs(loaded: LoadedRun, asked: Sequence[Unlabelled]) -> list[NDArray[np.float32]]:
     """Return the logits of each text, (classes,), or of each of its words, (words, classes).
 
     Those of a word of which no token is read are nan.
@@ -267,7 +267,7 @@ def _words(examples: Sequence[Example]) -> tuple[str, ...]:
     return tuple(map(str, range(max(len(example.words) for example in examples))))
 
 
-def _example(asked: Asked, kind: Kind, labels: tuple[str, ...]) -> Example:
+def _example(asked: Unlabelled, kind: Kind, labels: tuple[str, ...]) -> Example:
     """Return a text as an example, each of its words labelled as its number.
 
     What a whole text is labelled as plays no part.

@@ -16,6 +16,7 @@ from tunesmith.engine.memory import memory_now, peak_memory, reset_peak
 from tunesmith.engine.optimizer import build_optimizer
 from tunesmith.errors import SpecError
 from tunesmith.jobs.assemble import Program, attach_seeded, choose_dtypes, choose_padding
+from tunesmith.jobs.base import load_base
 from tunesmith.jobs.full_batch import full_batch, side_by_side
 from tunesmith.jobs.plan import Plan, plan
 from tunesmith.jobs.planned_models import head_of
@@ -25,7 +26,7 @@ from tunesmith.measure.growth import Growth, growth_of
 from tunesmith.measure.process_heap import give_back
 from tunesmith.measure.simulated_memory import bytes_left
 from tunesmith.models.attention import enable_segments
-from tunesmith.models.loading import load_model, locate
+from tunesmith.models.loading import locate
 from tunesmith.models.quantize import quantise
 from tunesmith.models.skeleton import skeleton
 from tunesmith.objectives import Distillation
@@ -174,7 +175,7 @@ def ready(run: Run, device: torch.device, *, real_weights: bool) -> Iterator[Sta
 def _model(run: Run, device: torch.device, *, real_weights: bool) -> PreTrainedModel:
     dtype, head = choose_dtypes(run, device).weights, head_of(run)
     if real_weights:
-        return load_model(run.model, device=device, dtype=dtype, head=head).model
+        return load_base(run.model, device=device, dtype=dtype, head=head)
     return _random(run.model, dtype, device, head)
 
 

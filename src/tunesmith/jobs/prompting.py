@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Prompted:
     """A model with the rows it is asked, examples included."""
 
     assembled: Assembled
@@ -94,7 +94,7 @@ def _check(run: Run, shots: int) -> None:
         )
 
 
-def put_examples(assembled: Assembled, shots: int) -> Asked:
+def put_examples(assembled: Assembled, shots: int) -> Prompted:
     """Return the assembled run with `shots` training examples in front of every prompt.
 
     Raises:
@@ -105,7 +105,7 @@ def put_examples(assembled: Assembled, shots: int) -> Asked:
     if not prompts:
         raise DataError("prompting: no evaluation row asks for a reply; name rows that do")
     if not shots:
-        return Asked(assembled, 0.0)
+        return Prompted(assembled, 0.0)
     examples = choose_examples(run.data, data.examples, count=shots, seed=run.seed)
     renderer = Renderer(assembled.tokenizer)
     pairs = [with_examples(prompt, examples, renderer) for prompt in prompts]
@@ -114,7 +114,7 @@ def put_examples(assembled: Assembled, shots: int) -> Asked:
     assert held_back is not None  # noqa: S101 - it has prompts
     evaluation = Evaluation([row for row, _ in pairs], tuple(longer), held_back.report)
     asked = replace(assembled, data=replace(data, held_back=evaluation))
-    return Asked(asked, _mean_length(longer) - _mean_length(prompts))
+    return Prompted(asked, _mean_length(longer) - _mean_length(prompts))
 
 
 def _mean_length(prompts: Sequence[Prompt]) -> float:
@@ -143,7 +143,7 @@ def require_room(assembled: Assembled, shots: int) -> None:
 
 
 def _summary(
-    asked: Asked, metrics: dict[str, float], *, shots: int, seconds: float
+    asked: Prompted, metrics: dict[str, float], *, shots: int, seconds: float
 ) -> dict[str, JSON]:
     """Return summary.json: training's keys, as far as they mean something without steps."""
     assembled = asked.assembled

@@ -99,6 +99,13 @@ class RunDirectory:
             raise CheckpointError(f"{path}: not there; did the run finish?") from None
 
 
+def run_of_adapter(directory: Path) -> RunDirectory:
+    """Return the run whose adapter lies in `directory`; one without a run file where it is none."""
+    directory = directory.absolute()
+    run = RunDirectory(directory.parent)
+    return run if run.adapter == directory else RunDirectory(directory)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that the file is the old one or the new one, never a part.
 

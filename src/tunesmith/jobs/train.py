@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 
 from tunesmith.engine.checkpoint import find_resumable, load_trainable, step_of
 from tunesmith.engine.distribution import Peers, connect
-from tunesmith.engine.events import Evaluated, Event, Listener, Sampled
+from tunesmith.engine.events import Evaluated, Event, Listener, Sampled, Warned
 from tunesmith.engine.listeners import Console, JsonlWriter
 from tunesmith.engine.loop import Outcome, fit
 from tunesmith.engine.snapshot import find_best
@@ -104,10 +104,7 @@ def train(
     examiner = ReplyExaminer(assembled, peers) if samples else examiner_of(assembled, peers)
     _check_measured(assembled.run, examiner.has_rows)
     heard = [*_listeners(run, directory), *listeners]
-    resume_from = find_resumable(directory.path, listeners=heard) if resume else None
-    if peers.is_main:
-        _open(directory, assembled.run, fresh=resume_from is None)
-    peers.any(False)  # nobody goes on before the directory is there
+    resume_from = _begin(directory, assembled.run, peers, heard, resume=resume)
     recorder = Recorder(examiner, directory, heard)
     outcome = _fit(assembled, peers, recorder, resume_from)
     if outcome.stopped_because == "interrupted":
@@ -211,6 +208,30 @@ def _listeners(run: Run, directory: RunDirectory) -> list[Listener]:
         settings = run.model_dump(mode="json")
         listeners.append(Trackers(run.tracking, directory.path, settings))
     return listeners
+
+
+def _begin(
+    directory: RunDirectory,
+    run: Run,
+    peers: Peers,
+    heard: Sequence[Listener],
+    *,
+    resume: bool,
+) -> Path | None:
+    """Make the run's directory ready and return the checkpoint to go on from, if there is one.
+
+    The main process looks, tells `heard` of those that are damaged, and decides for all.
+    """
+    found, warnings = None, list[Event]()
+    if peers.is_main:
+        if resume:
+            found = find_resumable(directory.path, listeners=[warnings.append])
+        _open(directory, run, fresh=found is None)
+        # Only now: a record that was begun before would have been cleared away.
+        for warning in warnings:
+            for listener in heard:
+                listener(warning)
+    return peers.gather(found)[0]  # nobody goes on before the directory is there
 
 
 def _open(directory: RunDirectory, run: Run, *, fresh: bool) -> None:
@@ -329,7 +350,8 @@ def _finish(
 ) -> Result:
     directory, say = recorder.directory, ending.say
     after = outcome.metrics
-    if (best := _best(outcome, recorder, peers)) is not None:
+    metric = assembled.run.evaluation.best
+    if (best := _best(outcome, recorder, peers, metric=metric)) is not None:
         say(f"taking the model of step {step_of(best)}")
         assembled.tuned.load_state_dict(load_trainable(best))
         after = recorder.examine()
@@ -363,15 +385,34 @@ def _finish(
     return Result(assembled.tuned, assembled.tokenizer, directory, outcome, summary)
 
 
-def _best(outcome: Outcome, recorder: Recorder, peers: Peers) -> Path | None:
-    """Return the checkpoint that is the result; None for the model as it is after the last step."""
-    if outcome.stopped_because != "early_stopping" or outcome.best is None:
+def _best(outcome: Outcome, recorder: Recorder, peers: Peers, *, metric: str) -> Path | None:
+    """Return the checkpoint that is the result; None for the model as it is after the last step.
+
+    Args:
+        outcome: of training.
+        recorder: its listeners are told where the best one is not there.
+        peers: the processes, each of which calls this.
+        metric: what decides, `evaluation.best`.
+    """
+    if outcome.stopped_because != "early_stopping":
         return None
     listeners = recorder.listeners if peers.is_main else ()
     try:
+        if outcome.best is None:
+            warned = Warned(step=outcome.steps, message=_without_best(metric))
+            for listener in listeners:
+                listener(warned)
+            return None
         return find_best(recorder.directory.path, outcome.best, listeners=listeners)
     finally:
         _close(listeners)
+
+
+def _without_best(metric: str) -> str:
+    return (
+        f"evaluation.best: {metric} was no number in any evaluation after step 0, so none is the "
+        "best; the result is the model after the last step"
+    )
 
 
 def everything_trains(tuned: TunedModel) -> bool:

@@ -29,7 +29,7 @@ Own: TypeAlias = "BloomAttention | FalconAttention"
 _KINDS = (BloomAttention, DisentangledSelfAttention, FalconAttention)
 
 
-class Asked(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What one layer computes attention from."""
 
     query: Tensor
@@ -52,14 +52,14 @@ def own_layers(model: nn.Module) -> list[nn.Module]:
 
 def asked_by(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Asked | attention_deberta.Disentangled:
+) -> AttentionInputs | attention_deberta.Disentangled:
     """Return what `layer`, called with these arguments, computes attention from."""
     if isinstance(layer, DisentangledSelfAttention):
         return attention_deberta.asked_by(layer, args, kwargs)
     return _asked(layer, args, kwargs)
 
 
-def _asked(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Asked:
+def _asked(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionInputs:
     """Return what a Falcon's or a BLOOM's layer computes attention from."""
     ask = _falcon if isinstance(layer, FalconAttention) else _bloom
     return ask(layer, *args, **kwargs)
@@ -135,7 +135,7 @@ def _falcon(
     layer_past: Any = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **unused: Any,
-) -> Asked:
+) -> AttentionInputs:
     """Return what Falcon attends with; where it has ALiBi, the bias is in its mask already."""
     q, k, v = (x.transpose(1, 2) for x in layer._split_heads(layer.query_key_value(hidden_states)))
     if position_embeddings is not None and alibi is None:
@@ -145,7 +145,7 @@ def _falcon(
     dropout = layer.attention_dropout.p if drops else 0.0
     scale = layer.inv_norm_factor
     slopes = None if alibi is None else scale * falcon.build_alibi_tensor(*_one_step(layer, q))
-    return Asked(q, k, v, attention_mask, scale, dropout, _last(slopes))
+    return AttentionInputs(q, k, v, attention_mask, scale, dropout, _last(slopes))
 
 
 def _bloom(
@@ -157,7 +157,7 @@ def _bloom(
     attention_mask: Tensor | None = None,
     layer_past: Any = None,
     **unused: Any,
-) -> Asked:
+) -> AttentionInputs:
     """Return what BLOOM attends with."""
     q, k, v = layer._reshape(layer.query_key_value(hidden_states))
     k, v = _with_past(layer, layer_past, k, v)
@@ -166,7 +166,7 @@ def _bloom(
         mask = mask + attention_mask
     dropout = layer.attention_dropout.p if layer.training else 0.0
     slopes = bloom.build_alibi_tensor(*_one_step(layer, q))
-    return Asked(q, k, v, mask, layer.inv_norm_factor, dropout, _last(slopes))
+    return AttentionInputs(q, k, v, mask, layer.inv_norm_factor, dropout, _last(slopes))
 
 
 def _one_step(layer: Own, q: Tensor) -> tuple[Tensor, int, torch.dtype]:
