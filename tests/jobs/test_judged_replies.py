@@ -277,3 +277,29 @@ def test_outcome_and_process_rewards_train(
     data = DataSettings(train=[Source(path=str(path))], holdout=8, max_length=128)
     result = tunesmith.train(run_of(tmp_path, tiny_model, Reward(kind=kind), data=data))
     assert result.summary["after"]["loss"] < result.summary["before"]["loss"]
+
+
+def test_rows_whose_steps_are_all_cut_off_add_nothing_to_a_process_reward(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "completions": ["yes" * (200 if number % 2 else 1), "no"],
+            "labels": [True, False],
+        }
+        for number, row in enumerate(pair_rows(16))
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = DataSettings(train=[Source(path=str(path))], holdout=8, max_length=128)
+    run = run_of(tmp_path, tiny_model, Reward(kind="steps"), data=data)
+    train = run.train.model_copy(
+        update={"batch_size": 1, "accumulation_steps": 4, "epochs": 1, "max_steps": None}
+    )
+    result = tunesmith.train(run.model_copy(update={"train": train}))
+    counts = json.loads(result.directory.outcomes.read_text(encoding="utf-8"))["loss"]["counts"]
+    assert 0 in counts
+    assert 2 in counts
+    assert result.outcome.steps == 2
+    assert math.isfinite(result.summary["after"]["loss"])

@@ -52,7 +52,7 @@ class PairRow(TokenRow):
     """Of a labelled reply."""
     score: float | None
     """Of a single reply."""
-    steps: tuple[tuple[int, float], ...]
+    steps: tuple[tuple[int, float], ...] | None
     """Of a single reply: position of the last token of each step, and 1.0 where it is right."""
     key: str
     """Equal for rows with equal tokens."""
@@ -217,7 +217,7 @@ class _Work:
             tuple(margin for _, _, margin in pairs),
             judged.good,
             judged.scores[0] if self.judgement == "scores" else None,
-            self._steps(judged, rows[0]) if judged.steps else (),
+            self._steps(judged, rows[0]) if judged.steps else None,
             digest.hexdigest(),
         )
 

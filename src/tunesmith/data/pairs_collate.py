@@ -68,7 +68,7 @@ def judgements(rows: Sequence[PairRow]) -> Batch:
         known |= _labelled(rows, starts)
     if rows[0].score is not None:
         known["scores"] = torch.tensor([cast("float", row.score) for row in rows])
-    if rows[0].steps:
+    if rows[0].steps is not None:
         known |= _steps(rows, starts)
     return known
 
@@ -94,9 +94,11 @@ def _labelled(rows: Sequence[PairRow], starts: Sequence[int]) -> dict[str, Tenso
 
 
 def _steps(rows: Sequence[PairRow], starts: Sequence[int]) -> dict[str, Tensor]:
-    every = [(start, *step) for row, start in zip(rows, starts, strict=True) for step in row.steps]
+    both = zip(rows, starts, strict=True)
+    every = [(start, *step) for row, start in both for step in row.steps or ()]
+    # A batch may have none: all that its rows have may be cut off.
     return {
-        "step_sequences": torch.tensor([sequence for sequence, _, _ in every]),
-        "step_positions": torch.tensor([position for _, position, _ in every]),
-        "step_labels": torch.tensor([label for _, _, label in every]),
+        "step_sequences": torch.tensor([sequence for sequence, _, _ in every], dtype=torch.int64),
+        "step_positions": torch.tensor([position for _, position, _ in every], dtype=torch.int64),
+        "step_labels": torch.tensor([label for _, _, label in every], dtype=torch.float32),
     }

@@ -75,9 +75,11 @@ class Program(nn.Module):
 
     def forward(self, batch: Batch) -> LossTerms:
         """Return the summed loss of `batch`."""
-        if self._complete is not None:
-            batch = self._complete(batch)
-        return self.objective.loss(self.model, batch)
+        return self.objective.loss(self.model, self.completed(batch))
+
+    def completed(self, batch: Batch) -> Batch:
+        """Return `batch` with the frozen model's word, if there is one."""
+        return batch if self._complete is None else self._complete(batch)
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,7 @@ class NotingLosses(nn.Module):
         """Return the summed loss of `batch`."""
         program, objective = self.program, self.program.objective
         if isinstance(objective, Distillation):
-            complete = program._complete
-            whole = batch if complete is None else complete(batch)
-            terms, found = objective.loss_by_sample(program.model, whole)
+            terms, found = objective.loss_by_sample(program.model, program.completed(batch))
             sums = {"loss": found.nats, "divergence": found.divergence}
             self._noted.append((found.tokens, sums))
             return terms

@@ -68,7 +68,7 @@ class RewardExaminer(HeadExaminer):
 
         every = np.concatenate(over_batches(self.assembled, self.peers, rows, outputs))
         of_steps = objective.kind == "steps"
-        sizes = [len(row.steps if of_steps else row.segments) for row in rows]
+        sizes = [len((row.steps or ()) if of_steps else row.segments) for row in rows]
         return np.split(every, np.cumsum(sizes)[:-1])
 
     def _losses(
@@ -81,7 +81,7 @@ class RewardExaminer(HeadExaminer):
         objective = self.objective
         sizes = [max(1, len(row.winners)) for row in rows]
         if objective.kind == "steps":
-            sizes = [len(row.steps) for row in rows]
+            sizes = [len(row.steps or ()) for row in rows]
         terms = objective.terms(torch.from_numpy(np.concatenate(outputs)), judgements(rows))
         values = {"loss": terms.losses} | terms.metrics
         totals, weights = summed_by_row(values, terms.weights, sizes)
